@@ -1,0 +1,97 @@
+"""What is missing: videos against a store, as tasks for workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stores.errors import VideoError
+from stores.progress import Progress
+from stores.targets import FrameSet, LabelSet, ShardSet, TargetStore, VideoRow
+from stores.videos import Reader, VideoFile, VideoRecord, hash_video, probe_video
+
+
+@dataclass(frozen=True)
+class Task:
+    """The missing shards of one video; one worker does them, decoding the video once."""
+
+    video: VideoRow
+    label_shards: tuple[int, ...]
+    frame_shards: tuple[int, ...] = ()
+
+    def without(self, label_shards: set[int], frame_shards: set[int]) -> Task:
+        """Return the task less the shards that are done."""
+        return Task(
+            self.video,
+            tuple(shard for shard in self.label_shards if shard not in label_shards),
+            tuple(shard for shard in self.frame_shards if shard not in frame_shards),
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.label_shards and not self.frame_shards
+
+    def num_frames(self, shards: ShardSet) -> int:
+        """Return the frames that the missing shards of a shard set hold."""
+        wanted = self.label_shards if isinstance(shards, LabelSet) else self.frame_shards
+        return sum(len(shards.frames_of(shard, self.video)) for shard in wanted)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Something that could not be labelled, and why."""
+
+    video: str
+    reason: str
+
+
+def probe_videos(
+    files: Iterable[VideoFile], store: TargetStore | None, *, reader: Reader
+) -> tuple[list[VideoRecord], list[Failure]]:
+    """Learn content hash and true length of videos.
+
+    A video whose content the store knows is not decoded again.
+    """
+    files = list(files)
+    records: list[VideoRecord] = []
+    failures: list[Failure] = []
+    with Progress(len(files), unit="videos", label="probing") as progress:
+        for file in files:
+            try:
+                digest = hash_video(file.absolute)
+                known = store.frames_of(digest) if store is not None else None
+                if known is None:
+                    records.append(probe_video(file, content_hash=digest, reader=reader))
+                else:
+                    record = VideoRecord(
+                        id=file.id,
+                        root=str(file.root),
+                        path=file.path,
+                        content_hash=digest,
+                        frames=known.frames,
+                        height=known.height,
+                        width=known.width,
+                        fps=known.fps,
+                    )
+                    records.append(record)
+            except VideoError as error:
+                failures.append(Failure(file.id, str(error)))
+            progress.advance()
+    return records, failures
+
+
+def plan_tasks(
+    videos: Iterable[VideoRow], labels: LabelSet, frames: FrameSet | None
+) -> list[Task]:
+    """Return what is missing, the longest task first; videos with equal content are one task."""
+    tasks = {
+        video.first: Task(
+            video,
+            tuple(labels.missing(video)),
+            tuple(frames.missing(video)) if frames is not None else (),
+        )
+        for video in videos
+    }
+    missing = [task for task in tasks.values() if not task.is_empty]
+    # The longest first, so that none is left over when the others are done; then as in the store.
+    return sorted(missing, key=lambda task: (-len(task.label_shards), task.video.first))

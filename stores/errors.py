@@ -1,0 +1,43 @@
+"""What can go wrong with anything that lies on disk; every message is one line for the user."""
+
+from __future__ import annotations
+
+
+class TargetStoreError(Exception):
+    """Base of all errors from ``stores``."""
+
+
+class VideoError(TargetStoreError):
+    """A video cannot be found, opened or decoded, or is not the one that was expected."""
+
+
+class NotATargetStoreError(TargetStoreError):
+    """A path holds something else than a target store, or nothing."""
+
+
+class FormatVersionError(TargetStoreError):
+    """A store was written by a version of the format that this program does not read."""
+
+
+class StoreBusyError(TargetStoreError):
+    """Another process is writing the store."""
+
+
+class LabelSetNotFoundError(TargetStoreError, LookupError):
+    """A store has no label set, or no frame set, of the asked name."""
+
+
+class VideoNotFoundError(TargetStoreError, LookupError):
+    """A store has no row for a video."""
+
+
+class VideoNotLabelledError(TargetStoreError, LookupError):
+    """The store holds no complete soft targets for a span of a video."""
+
+
+class VideoChangedError(TargetStoreError):
+    """A video has other content than the one of the same id in the store."""
+
+
+class TargetValueError(TargetStoreError, ValueError):
+    """A teacher's map holds values that the store's grid cannot hold."""

@@ -1,0 +1,165 @@
+"""What a teacher's maps are, and how a stored native plane becomes a map that one can look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapSpec:
+    """One map of a teacher, stored as a plane of logits or log-densities."""
+
+    name: str
+    height: int
+    """Rows of the stored plane: the resolution at which the teacher made the map."""
+    width: int
+    activation: Literal["sigmoid", "exp"]
+    """What turns a stored value into the map's: of a logit, or of a log-density."""
+    order: Literal["resize_first", "activate_first"]
+    """Whether the teacher resizes the plane to its input size before or after the activation."""
+
+    @property
+    def array(self) -> str:
+        """Name of the array that holds the plane; maps of one resolution share an array."""
+        return f"maps_{self.height}x{self.width}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DerivedMap:
+    """A map that follows from others, at the teacher's input size, and so is not stored."""
+
+    name: str
+    terms: tuple[tuple[str, float], ...]
+    """Names of stored maps and the weights with which the activated maps are summed."""
+    bias: float = 0.0
+    activation: Literal["identity", "sigmoid"]
+    """What is applied to the sum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapLayout:
+    """All maps of a label set."""
+
+    height: int
+    """Rows of the teacher's input, in pixels; derived maps are composed at this size."""
+    width: int
+    maps: tuple[MapSpec, ...]
+    derived: tuple[DerivedMap, ...] = ()
+    saliency: str
+    """The map that is the teacher's prediction."""
+    hierarchical: tuple[str, ...] = ()
+    """The hierarchical maps, the finest first; empty for a teacher that has none."""
+
+    def __post_init__(self) -> None:
+        stored = [spec.name for spec in self.maps]
+        names = [*stored, *(derived.name for derived in self.derived)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"map names must differ, got {names}")
+        for derived in self.derived:
+            if missing := [name for name, _ in derived.terms if name not in stored]:
+                raise ValueError(f"{derived.name} is derived from {missing}, which are not stored")
+        if missing := [name for name in (self.saliency, *self.hierarchical) if name not in names]:
+            raise ValueError(f"there are no maps {missing}; there are {names}")
+
+    @property
+    def arrays(self) -> dict[str, tuple[MapSpec, ...]]:
+        """The arrays of the label set and, in the order of their ``map`` axis, what they hold."""
+        arrays: dict[str, tuple[MapSpec, ...]] = {}
+        for spec in self.maps:
+            arrays[spec.array] = (*arrays.get(spec.array, ()), spec)
+        return arrays
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layout as plain values, for a store's attributes."""
+        values = asdict(self)
+        for derived in values["derived"]:
+            derived["terms"] = [list(term) for term in derived["terms"]]
+        return {**values, **{key: list(values[key]) for key in ("maps", "derived", "hierarchical")}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MapLayout:
+        """Build a layout from what :meth:`to_dict` gave.
+
+        Raises:
+            TypeError: If a field is unknown or missing.
+            ValueError: If the maps do not fit each other.
+        """
+        derived = [
+            DerivedMap(**{**item, "terms": tuple((name, weight) for name, weight in item["terms"])})
+            for item in values["derived"]
+        ]
+        return cls(
+            **{
+                **values,
+                "maps": tuple(MapSpec(**item) for item in values["maps"]),
+                "derived": tuple(derived),
+                "hierarchical": tuple(values["hierarchical"]),
+            }
+        )
+
+
+def render_maps(
+    planes: Mapping[str, Tensor], layout: MapLayout, names: Sequence[str], *, height: int, width: int
+) -> dict[str, Tensor]:
+    """Turn stored planes into activated maps at a student's size.
+
+    A map is first made at the size where the teacher defines it: an ``activate_first`` map at its
+    native one, all others at the teacher's input size. From there it is resized by antialiased
+    bilinear interpolation.
+
+    Args:
+        planes: Arrays of the label set by name, ``(B, map, y, x)``.
+        layout: The label set's layout.
+        names: The maps wanted.
+        height: Rows of the result.
+        width: Columns of the result.
+
+    Returns:
+        ``(B, height, width)`` by name; non-negative, meaningful up to the sum of a map.
+
+    Raises:
+        KeyError: If the layout has no such map.
+    """
+    size, input_size = (height, width), (layout.height, layout.width)
+    where = {
+        spec.name: (spec, array, index)
+        for array, specs in layout.arrays.items()
+        for index, spec in enumerate(specs)
+    }
+    derived_maps = {derived.name: derived for derived in layout.derived}
+
+    def defined(name: str) -> Tensor:
+        spec, array, index = where[name]
+        plane = planes[array][:, index : index + 1]
+        if spec.order == "resize_first":
+            return _activate(_resize(plane, input_size, antialias=False), spec.activation)
+        return _activate(plane, spec.activation)
+
+    rendered = {}
+    for name in names:
+        if name in derived_maps:
+            rule = derived_maps[name]
+            total = sum(
+                (weight * _resize(defined(term), input_size) for term, weight in rule.terms),
+                start=planes[where[rule.terms[0][0]][1]].new_tensor(rule.bias),
+            )
+            native = total.sigmoid() if rule.activation == "sigmoid" else total
+        else:
+            native = defined(name)
+        rendered[name] = _resize(native, size)[:, 0]
+    return rendered
+
+
+def _activate(values: Tensor, activation: Literal["sigmoid", "exp"]) -> Tensor:
+    return values.sigmoid() if activation == "sigmoid" else values.exp()
+
+
+def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = True) -> Tensor:
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=antialias)

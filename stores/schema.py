@@ -1,0 +1,203 @@
+"""The layout of a target store: names, axes, types, format version, provenance, fingerprints.
+
+``docs/store-format.md`` says the same to those who read a store without this code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Literal
+
+from stores.codec import GRID_STEP, grid_codecs, kl_error_bound, logit_error_bound
+from stores.frames import RESIZE_RULE
+from stores.maps import MapLayout
+
+FORMAT: Final = "tinyhd-targets"
+VERSION: Final = 1
+
+FRAME_ALIGNMENT: Final = 256
+"""Every video starts at a multiple of this on the frame axis, so that no shard holds two videos."""
+CHUNK_FRAMES: Final = 8
+RECEIPT_CHUNK: Final = 1024
+VIDEO_CHUNK: Final = 4096
+DIGEST_BYTES: Final = 32
+
+VIDEO_COLUMNS: Final[Mapping[str, tuple[str, Any]]] = {  # name -> Zarr type, fill value
+    "id": ("string", ""),
+    "content_hash": ("uint8", 0),
+    "root": ("string", ""),
+    "path": ("string", ""),
+    "frames": ("int64", 0),
+    "height": ("int64", 0),
+    "width": ("int64", 0),
+    "fps": ("float64", 0.0),
+    "superseded_by": ("int64", -1),
+    "first": ("int64", -1),
+}
+"""Columns of ``videos/`` in the order they are written: a row with a ``first`` is complete."""
+
+Variant = Literal["identity", "hflip"]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a shard set, without its frame axis."""
+
+    name: str
+    dtype: str
+    fill_value: float
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    chunk_frames: int
+    codecs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRequest:
+    """What a teacher's soft targets are asked to be; equal requests find the same label set."""
+
+    folder: ClassVar[str] = "labels"
+
+    teacher: str
+    provenance: Mapping[str, Any]
+    """What decides the values beside the fields here: weights, preprocessing, window, decoder."""
+    layout: MapLayout
+    variant: Variant = "identity"
+    """``hflip``: the teacher saw mirrored frames; maps are in the mirrored frame's coordinates."""
+    grid_step: float = GRID_STEP
+    shard_frames: int = FRAME_ALIGNMENT
+
+    def __post_init__(self) -> None:
+        _check_shard_frames(self.shard_frames)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the fingerprint covers."""
+        return {
+            "teacher": self.teacher,
+            "provenance": dict(self.provenance),
+            "maps": self.layout.to_dict(),
+            "variant": self.variant,
+            "grid_step": self.grid_step,
+            "shard_frames": self.shard_frames,
+        }
+
+    @property
+    def name(self) -> str:
+        return f"{self.teacher}-{self.variant}-{fingerprint(self.identity)[:8]}"
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the label set's group."""
+        bounds = {
+            "logit": logit_error_bound(self.grid_step),
+            "kl_nats": kl_error_bound(self.grid_step),
+        }
+        return {**self.identity, "fingerprint": fingerprint(self.identity), "error_bounds": bounds}
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        codecs = grid_codecs(self.grid_step)
+        arrays = self.layout.arrays
+        return tuple(
+            ArraySpec(
+                name=name,
+                dtype="float32",
+                fill_value=float("nan"),
+                axes=_map_axes(specs[0].height, specs[0].width, is_only=len(arrays) == 1),
+                shape=(len(specs), specs[0].height, specs[0].width),
+                chunk_frames=CHUNK_FRAMES,
+                codecs=codecs,
+            )
+            for name, specs in arrays.items()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameRequest:
+    """Decoded frames at a student's size, kept so that training decodes no video."""
+
+    folder: ClassVar[str] = "frames"
+
+    height: int
+    width: int
+    decoder: Mapping[str, str]
+    shard_frames: int = FRAME_ALIGNMENT
+    resize_rule: str = field(default=RESIZE_RULE)
+
+    def __post_init__(self) -> None:
+        _check_shard_frames(self.shard_frames)
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"frames need a positive size, got {self.height}x{self.width}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the fingerprint covers."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "decoder": dict(self.decoder),
+            "resize_rule": self.resize_rule,
+            "shard_frames": self.shard_frames,
+        }
+
+    @property
+    def name(self) -> str:
+        return f"rgb-{self.height}x{self.width}-{fingerprint(self.identity)[:8]}"
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the frame set's group."""
+        return {**self.identity, "fingerprint": fingerprint(self.identity)}
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        from zarr.codecs import ZstdCodec
+
+        return (
+            ArraySpec(
+                name=f"rgb_{self.height}x{self.width}",
+                dtype="uint8",
+                fill_value=0,
+                axes=("y", "x", "channel"),
+                shape=(self.height, self.width, 3),
+                chunk_frames=CHUNK_FRAMES,
+                codecs={"compressors": ZstdCodec(level=3)},
+            ),
+        )
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hexadecimal, of a request's canonical JSON."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def environment(**values: str | int) -> dict[str, str | int]:
+    """Return what equal bytes depend on beside the request: the machine, torch, and ``values``."""
+    import torch
+
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **values,
+    }
+
+
+def _map_axes(height: int, width: int, *, is_only: bool) -> tuple[str, ...]:
+    # xarray wants one length per name in a group, so names carry the size where sizes differ.
+    suffix = "" if is_only else f"_{height}x{width}"
+    return tuple(axis + suffix for axis in ("map", "y", "x"))
+
+
+def _check_shard_frames(shard_frames: int) -> None:
+    if shard_frames < CHUNK_FRAMES or FRAME_ALIGNMENT % shard_frames:
+        raise ValueError(
+            f"frames per shard must be one of 8, 16, 32, 64, 128, 256, got {shard_frames}"
+        )

@@ -1,0 +1,81 @@
+"""Checkpoints: files that carry weights together with the configuration they belong to."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from student.config import TinyHDConfig
+from student.tinyhd import TinyHD
+
+FORMAT: Final = "tinyhd-checkpoint"
+VERSION: Final = 1
+
+
+class CheckpointError(Exception):
+    """A file is no checkpoint of ours, is damaged, or does not fit what it is wanted for."""
+
+
+def save_checkpoint(path: Path, model: TinyHD, **state: Any) -> None:  # noqa: ANN401 - plain values
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        path: The file; an older one is replaced.
+        model: Its weights and configuration are kept.
+        state: What else must survive; tensors and plain values only.
+    """
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": model.config.to_dict(),
+        "weights": model.state_dict(),
+        **state,
+    }
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; nothing in the file is run.
+
+    Raises:
+        CheckpointError: If it is not there, damaged, or something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint, or is damaged, or not completely copied"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint of TinyHD Toolkit")
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint version {content.get('version')}, this program reads {VERSION}"
+        )
+    return content
+
+
+def load_model(path: Path) -> TinyHD:
+    """Build the network of a checkpoint, with its weights, ready to predict.
+
+    Raises:
+        CheckpointError: If the file cannot be read or its parts do not fit each other.
+    """
+    content = read_checkpoint(path)
+    try:
+        model = TinyHD(TinyHDConfig.from_dict(content["config"]))
+        model.load_state_dict(content["weights"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the weights in {path} do not fit its configuration") from error
+    return model.eval()

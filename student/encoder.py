@@ -1,0 +1,105 @@
+"""The student's encoder: MobileNetV2 inflated to three dimensions, its features as four levels."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from student.blocks import HALVE, MIX, ConvNorm, InvertedResidual, interpolate_up, shuffle_up
+
+
+class EncoderBlock(NamedTuple):
+    """One row of the encoder's table; channels are those of channel reduction 1."""
+
+    channels: int
+    expansion: int
+    spatial_stride: int
+    temporal_stride: int
+
+
+STEM: Final = EncoderBlock(32, 1, 2, 2)
+BLOCKS: Final = (  # numbered from 1
+    EncoderBlock(16, 1, 1, 1),
+    EncoderBlock(24, 6, 2, 1),
+    EncoderBlock(24, 6, 1, 1),
+    EncoderBlock(32, 6, 2, 2),
+    EncoderBlock(32, 6, 1, 1),
+    EncoderBlock(32, 6, 1, 1),
+    EncoderBlock(64, 6, 2, 2),
+    EncoderBlock(64, 6, 1, 1),
+    EncoderBlock(64, 6, 1, 1),
+    EncoderBlock(64, 6, 1, 1),
+    EncoderBlock(96, 6, 1, 1),
+    EncoderBlock(96, 6, 1, 1),
+    EncoderBlock(96, 6, 1, 1),
+    EncoderBlock(160, 6, 2, 1),
+    EncoderBlock(160, 6, 1, 1),
+    EncoderBlock(160, 6, 1, 1),
+    EncoderBlock(320, 6, 1, 1),
+)
+LAST: Final = EncoderBlock(1280, 1, 1, 1)
+GROUPS: Final = ((1, 1), (2, 3), (4, 6), (7, 13), (14, 18))
+"""First and last block of each run of blocks with one resolution, whose outputs are joined."""
+
+
+def level_channels(channel_reduction: int) -> tuple[int, ...]:
+    """Channels of the four feature levels, from the finest to the coarsest."""
+    widths = [row.channels // channel_reduction for row in (*BLOCKS, LAST)]
+    groups = [sum(widths[first - 1 : last]) for first, last in GROUPS]
+    raised = [channels if channel_reduction == 8 else channels // 4 for channels in groups[1:]]
+    return (groups[0] + raised[0], *raised[1:])
+
+
+class Encoder(nn.Module):
+    """See a clip at four resolutions (TinyHD, sec. 3.1).
+
+    Args:
+        channel_reduction: Divisor of every channel count but the clip's three.
+
+    Shape:
+        - clip: ``(B, 3, 16, H, W)``
+        - returns: four levels; level *i* is ``(B, C_i, T_i, H / 2**(i + 1), W / 2**(i + 1))`` with
+          ``C_i`` from :func:`level_channels` and ``T_i`` 8, 4, 2, 2
+    """
+
+    def __init__(self, *, channel_reduction: int) -> None:
+        super().__init__()
+        channels = STEM.channels // channel_reduction
+        self.stem = ConvNorm(
+            3,
+            channels,
+            temporal=HALVE,
+            spatial_kernel=3,
+            spatial_stride=STEM.spatial_stride,
+            activation=True,
+        )
+        blocks: list[nn.Module] = []
+        for row in BLOCKS:
+            width = row.channels // channel_reduction
+            blocks.append(
+                InvertedResidual(
+                    channels,
+                    width,
+                    expansion=row.expansion,
+                    temporal=HALVE if row.temporal_stride == 2 else MIX,
+                    spatial_stride=row.spatial_stride,
+                    residual=row.spatial_stride == 1 and channels == width,
+                )
+            )
+            channels = width
+        blocks.append(ConvNorm(channels, LAST.channels // channel_reduction, activation=True))
+        self.blocks = nn.ModuleList(blocks)
+        # At reduction 8 there are too few channels to take apart; they are interpolated instead.
+        self.raise_resolution = interpolate_up if channel_reduction == 8 else shuffle_up
+
+    def forward(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        features = self.stem(clip)
+        outputs = []
+        for block in self.blocks:
+            features = block(features)
+            outputs.append(features)
+        finest, *coarser = (torch.cat(outputs[first - 1 : last], 1) for first, last in GROUPS)
+        raised = [self.raise_resolution(group) for group in coarser]
+        return (torch.cat([finest, raised[0]], 1), raised[1], raised[2], raised[3])

@@ -1,0 +1,118 @@
+"""The directory of a training run: configuration, checkpoints, loss curve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from student.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
+from student.tinyhd import TinyHD
+
+
+class RunError(Exception):
+    """A run directory cannot be used."""
+
+
+class RunDir:
+    """A folder with ``config.json``, ``last.pt``, ``best.pt``, ``metrics.jsonl`` and event files.
+
+    Use :meth:`open` in a ``with``; one process at a time may have it open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = path
+        self.last, self.best = path / "last.pt", path / "best.pt"
+        self._metrics_path = path / "metrics.jsonl"
+        self.checkpoint: dict[str, Any] | None = None
+        if self.last.exists():
+            self.checkpoint = read_checkpoint(self.last)
+        step = int(self.checkpoint["step"]) if self.checkpoint else 0
+        self._forget_after(step)
+        self._metrics = self._metrics_path.open("a", buffering=1)
+        self._curve = SummaryWriter(str(path), purge_step=step + 1 if step else None)
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, config: Mapping[str, Any]) -> Iterator[RunDir]:
+        """Make the folder, or open that of an earlier run of the same configuration.
+
+        Raises:
+            RunError: If the folder holds something else, or another configuration, or is in use.
+            CheckpointError: If the last checkpoint is damaged.
+        """
+        config_path = path / "config.json"
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        if config_path.exists():
+            _check_same(config_path, json.loads(text))
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path} is there already and is no training run; choose another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"{path} is in use by another training process") from error
+        with lock:
+            config_path.write_text(text)
+            run = cls(path)
+            try:
+                yield run
+            finally:
+                run._metrics.close()
+                run._curve.close()
+
+    def save(self, model: TinyHD, *, is_best: bool, **state: Any) -> None:  # noqa: ANN401
+        """Keep a checkpoint that training continues from; and, if it is the best, its weights."""
+        save_checkpoint(self.last, model, **state)
+        if is_best:
+            save_checkpoint(self.best, model, step=state["step"])
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the loss curve and to ``metrics.jsonl``."""
+        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._curve.add_scalar(f"{kind}/{name}", value, step)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of ``metrics.jsonl``."""
+        return [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
+
+    def _forget_after(self, step: int) -> None:
+        """Drop what a killed process logged behind its last checkpoint; it will be done again."""
+        if not self._metrics_path.exists():
+            return
+        kept = []
+        for line in self._metrics_path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                break  # the line that the process was killed in
+        self._metrics_path.write_text("".join(kept))
+
+
+def _check_same(path: Path, config: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is damaged; choose another --out") from error
+    changed = [
+        f"{key} was {before.get(key)!r}, is {config.get(key)!r}"
+        for key in sorted(before.keys() | config.keys())
+        if before.get(key) != config.get(key)
+    ]
+    if changed:
+        raise RunError(
+            f"{path.parent} holds a run of another configuration ({'; '.join(changed)}); "
+            "choose another --out"
+        )
+
+
+__all__ = ["CheckpointError", "RunDir", "RunError"]
