@@ -80,7 +80,7 @@ class RayExecutor:
 
         is_ours = not ray.is_initialized()
         if is_ours:
-            _start_ray(self._address)
+            start_ray(self._address)
         try:
             yield from self._run(tasks)
         finally:
@@ -151,7 +151,8 @@ class RayExecutor:
         return min(self._actors or most, num_tasks)
 
 
-def _start_ray(address: str | None) -> None:
+def start_ray(address: str | None) -> None:
+    """Connect to a cluster, or start a quiet Ray of our own on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from distill.plan import Task
 from stores.errors import VideoError
 from stores.frames import resize_frames
-from stores.targets import FrameSet, LabelSet, Receipt, ShardSet, VideoRow
+from stores.shards import FrameSet, LabelSet, Receipt, ShardSet, VideoRow
 from stores.videos import Frame, Reader, decode_video
 from teachers.base import Teacher
 
@@ -131,8 +131,7 @@ class FrameFiller(ShardFiller):
     kind = "frames"
 
     def __init__(self, frames: FrameSet, video: VideoRow, shards: Sequence[int]) -> None:
-        self._height = int(frames.attributes["height"])  # type: ignore[call-overload]
-        self._width = int(frames.attributes["width"])  # type: ignore[call-overload]
+        self._size = (frames.height, frames.width)
         super().__init__(frames, video, shards)
 
     def begin_shard(self, span: range) -> None:
@@ -141,7 +140,7 @@ class FrameFiller(ShardFiller):
 
     def take(self, index: int, frame: Frame) -> None:
         if index in self._span:
-            self._frames.append(resize_frames(frame[None], self._height, self._width)[0])
+            self._frames.append(resize_frames(frame[None], *self._size)[0])
 
     def end_shard(self) -> dict[str, npt.NDArray[Any]]:
         return {self._set.array_names[0]: np.stack(self._frames)}
@@ -185,7 +184,7 @@ def label_video(
     )
 
 
-def _read_ahead(frames: Iterable[Frame]) -> Iterator[Frame]:
+def _read_ahead(frames: Iterable[Frame]) -> Generator[Frame]:
     """Decode in a thread, a bounded number of frames ahead of whoever labels them."""
     ahead: queue.Queue[Frame | BaseException | None] = queue.Queue(READ_AHEAD_FRAMES)
     is_wanted = threading.Event()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from stores.errors import VideoError
 from stores.progress import Progress
-from stores.targets import FrameSet, LabelSet, ShardSet, TargetStore, VideoRow
+from stores.shards import FrameSet, LabelSet, ShardSet, VideoRow
+from stores.targets import TargetStore
 from stores.videos import Reader, VideoFile, VideoRecord, hash_video, probe_video
 
 
@@ -80,9 +81,7 @@ def probe_videos(
     return records, failures
 
 
-def plan_tasks(
-    videos: Iterable[VideoRow], labels: LabelSet, frames: FrameSet | None
-) -> list[Task]:
+def plan_tasks(videos: Iterable[VideoRow], labels: LabelSet, frames: FrameSet | None) -> list[Task]:
     """Return what is missing, the longest task first; videos with equal content are one task."""
     tasks = {
         video.first: Task(

@@ -17,7 +17,8 @@ from stores.codec import GRID_STEP
 from stores.errors import VideoChangedError, VideoError
 from stores.progress import Progress
 from stores.schema import FRAME_ALIGNMENT, FrameRequest, LabelRequest, environment
-from stores.targets import FrameSet, LabelSet, Receipt, TargetStore, VideoRow
+from stores.shards import FrameSet, LabelSet, Receipt, VideoRow
+from stores.targets import TargetStore
 from stores.videos import Reader, VideoRecord, decoder_version, find_videos
 from teachers.base import Teacher
 from teachers.registry import build

@@ -9,7 +9,8 @@ from pathlib import Path
 from distill.label import ShardDone, label_video
 from distill.plan import Failure, Task
 from stores.errors import TargetStoreError
-from stores.targets import FrameSet, LabelSet, TargetStore
+from stores.shards import FrameSet, LabelSet
+from stores.targets import TargetStore
 from stores.videos import Reader
 from teachers.registry import build
 
@@ -30,7 +31,6 @@ class WorkerSettings:
     reader: Reader
     batch: int
     threads: int
-    device: str = "cpu"
 
 
 class LabelWorker:
@@ -41,7 +41,7 @@ class LabelWorker:
 
         torch.set_num_threads(settings.threads)
         self._settings = settings
-        self._teacher = build(settings.teacher, size=settings.size, device=settings.device)
+        self._teacher = build(settings.teacher, size=settings.size)
         store = TargetStore.open(settings.store, mode="r+")
         self._labels: LabelSet = store.label_set(settings.labels)
         self._frames: FrameSet | None = None

@@ -1,9 +1,13 @@
-"""What can go wrong with anything that lies on disk; every message is one line for the user."""
+"""What can go wrong; every message is one line that says what, where, and what to do."""
 
 from __future__ import annotations
 
 
-class TargetStoreError(Exception):
+class TinyHDError(Exception):
+    """Base of all errors that tell a user what to do; a command line shows them as one line."""
+
+
+class TargetStoreError(TinyHDError):
     """Base of all errors from ``stores``."""
 
 

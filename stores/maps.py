@@ -104,7 +104,12 @@ class MapLayout:
 
 
 def render_maps(
-    planes: Mapping[str, Tensor], layout: MapLayout, names: Sequence[str], *, height: int, width: int
+    planes: Mapping[str, Tensor],
+    layout: MapLayout,
+    names: Sequence[str],
+    *,
+    height: int,
+    width: int,
 ) -> dict[str, Tensor]:
     """Turn stored planes into activated maps at a student's size.
 

@@ -26,7 +26,7 @@ class Progress:
 
     def __init__(self, total: int, *, unit: str, label: str, done: int = 0) -> None:
         self._total, self._unit, self._label = total, unit, label
-        self._done = self._start = done
+        self._done = self._start = self._last = done
         self._began = self._logged = time.monotonic()
         self._bar = (
             tqdm(total=total, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True)
@@ -40,7 +40,7 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._done > self._start and self._logged > self._began:
+        elif self._began < self._logged and self._done != self._last:
             self._log()  # short jobs log nothing; long ones end with a last line
 
     def advance(self, units: int = 1, *, note: str = "") -> None:
@@ -54,7 +54,7 @@ class Progress:
             self._log(note)
 
     def _log(self, note: str = "") -> None:
-        self._logged = time.monotonic()
+        self._logged, self._last = time.monotonic(), self._done
         rate = (self._done - self._start) / max(self._logged - self._began, 1e-9)
         left = tqdm.format_interval((self._total - self._done) / rate) if rate else "unknown"
         log.info(

@@ -39,8 +39,8 @@ def decode_frames(path: Path) -> Iterator[npt.NDArray[np.uint8]]:
     """
     io = _load()
     try:
-        # passthrough: a frame per decoded frame, none doubled or dropped to keep a rate.
-        # accurate_rnd and full_chroma_int are not PyAV's defaults; the plain conversion is.
+        # passthrough: a frame per decoded frame, none doubled or dropped to keep a rate;
+        # bilinear: the conversion to RGB that PyAV does.
         reader = io.FFmpegReader(
             str(path), outputdict={"-vsync": "passthrough", "-sws_flags": "bilinear"}
         )
@@ -50,7 +50,11 @@ def decode_frames(path: Path) -> Iterator[npt.NDArray[np.uint8]]:
     try:
         yield from reader.nextFrame()
     finally:
+        process = reader._proc
         reader.close()
+        for pipe in (process.stdin, process.stdout, process.stderr):  # it leaves them open
+            pipe.close()
+        process.wait()
 
 
 def ffmpeg_version() -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,38 +18,20 @@ from filelock import FileLock, Timeout
 from zarr.errors import GroupNotFoundError, NodeTypeValidationError
 
 from stores import schema
-from stores.codec import check_planes, silence_codec_remark
+from stores.codec import silence_codec_remark
 from stores.errors import (
     FormatVersionError,
     LabelSetNotFoundError,
     NotATargetStoreError,
     StoreBusyError,
-    TargetStoreError,
     VideoChangedError,
     VideoNotFoundError,
-    VideoNotLabelledError,
 )
-from stores.maps import MapLayout
+from stores.shards import FrameSet, LabelSet, VideoRow, array_in, group_in
 from stores.videos import VideoRecord
 
 NO_RECEIPT: Final = bytes(schema.DIGEST_BYTES)
 Mode = Literal["r", "r+"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoRow(VideoRecord):
-    """A video of a store: its record and its place on the frame axis."""
-
-    first: int
-    """Offset of the video's frame 0 on the frame axis of every label set."""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Proof that a shard is on the disk, whole: a SHA-256 for each of the shard set's arrays."""
-
-    shard: int
-    digests: tuple[bytes, ...]
 
 
 class TargetStore:
@@ -256,13 +237,14 @@ class TargetStore:
 
     @property
     def _video_table(self) -> Mapping[str, Any]:
-        group = self._group["videos"]
-        return {name: group[name] for name in schema.VIDEO_COLUMNS}
+        group = group_in(self._group, "videos")
+        return {name: array_in(group, name) for name in schema.VIDEO_COLUMNS}
 
     def _append_rows(self, rows: Sequence[VideoRow]) -> None:
         start, stop = self._num_rows, self._num_rows + len(rows)
         for name, array in self._video_table.items():
             array.resize((stop, *array.shape[1:]))
+            values: npt.NDArray[Any]
             if name == "superseded_by":
                 values = np.full(len(rows), -1)
             elif name == "content_hash":
@@ -278,13 +260,11 @@ class TargetStore:
         request: schema.LabelRequest | schema.FrameRequest,
         environment: Mapping[str, str | int],
     ) -> zarr.Group:
-        folder = self._group[request.folder]
-        assert isinstance(folder, zarr.Group)
+        folder = group_in(self._group, request.folder)
         length, shards = self._num_frames, self._num_frames // request.shard_frames
         if request.name not in folder:
             folder.create_group(request.name)
-        group = folder[request.name]
-        assert isinstance(group, zarr.Group)
+        group = group_in(folder, request.name)
         for array in request.arrays:
             if array.name not in group:
                 group.create_array(
@@ -298,8 +278,8 @@ class TargetStore:
                     chunk_key_encoding={"name": "default", "separator": "."},
                     **array.codecs,
                 )
-            elif group[array.name].shape[0] < length:
-                group[array.name].resize((length, *array.shape))
+            else:
+                _lengthen(array_in(group, array.name), length)
         if "receipts" not in group:
             num_arrays = len(request.arrays)
             group.create_array(
@@ -311,8 +291,8 @@ class TargetStore:
                 dimension_names=("shard", "array", "byte"),
                 compressors=None,
             )
-        elif group["receipts"].shape[0] < shards:
-            group["receipts"].resize((shards, *group["receipts"].shape[1:]))
+        else:
+            _lengthen(array_in(group, "receipts"), shards)
         if "fingerprint" not in group.attrs:  # written last: a set without it is not one yet
             names = [array.name for array in request.arrays]
             group.attrs.update(
@@ -321,7 +301,7 @@ class TargetStore:
         return group
 
     def _groups(self, folder: str) -> list[tuple[str, zarr.Group]]:
-        members = self._group[folder].groups()
+        members = group_in(self._group, folder).groups()
         return sorted((name, group) for name, group in members if "fingerprint" in group.attrs)
 
     def _find_group(self, folder: str, name: str | None) -> zarr.Group:
@@ -335,196 +315,10 @@ class TargetStore:
         raise LabelSetNotFoundError(f"{self.path}: {wanted}, there are: {there}")
 
 
-class ShardSet:
-    """Arrays along the frame axis that are filled shard by shard, with a receipt for each shard."""
-
-    def __init__(self, store: TargetStore, group: zarr.Group) -> None:
-        self.store = store
-        self.name: str = group.basename
-        self.attributes = dict(group.attrs)
-        self.fingerprint = str(self.attributes["fingerprint"])
-        self.shard_frames = int(self.attributes["shard_frames"])  # type: ignore[call-overload]
-        self.array_names: list[str] = list(self.attributes["arrays"])  # type: ignore[call-overload]
-        self._group = group
-        # A shard of black frames equals the fill value, and must be written all the same.
-        write_all = {"write_empty_chunks": True}
-        self._arrays = {name: _array(group, name).with_config(write_all) for name in self.array_names}
-        self._receipts = _array(group, "receipts")
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read the receipts again."""
-        self._committed = np.asarray(self._receipts[:])
-        self._has_receipt = self._committed.any(axis=(1, 2))
-
-    def shards(self, video: VideoRow) -> range:
-        """Return the shards, counted along the whole frame axis, that hold a video's frames."""
-        start = video.first // self.shard_frames
-        return range(start, start + -(-video.frames // self.shard_frames))
-
-    def frames_of(self, shard: int, video: VideoRow) -> range:
-        """Return the frames of a video that lie in a shard."""
-        start = shard * self.shard_frames - video.first
-        return range(start, min(start + self.shard_frames, video.frames))
-
-    def missing(self, video: VideoRow) -> list[int]:
-        """Return the shards of a video that are not committed."""
-        return [shard for shard in self.shards(video) if not self.is_committed(shard)]
-
-    def is_committed(self, shard: int) -> bool:
-        """Return whether a shard has a receipt."""
-        return shard < len(self._has_receipt) and bool(self._has_receipt[shard])
-
-    def coverage(self, video: VideoRow) -> list[range]:
-        """Return the spans of a video's frames that are there, in order and as long as can be."""
-        spans: list[range] = []
-        for shard in self.shards(video):
-            if self.is_committed(shard):
-                span = self.frames_of(shard, video)
-                if spans and spans[-1].stop == span.start:
-                    span = range(spans.pop().start, span.stop)
-                spans.append(span)
-        return spans
-
-    def write_shard(
-        self, shard: int, data: Mapping[str, npt.NDArray[Any]], video: VideoRow
-    ) -> Receipt:
-        """Write a whole shard; it is not readable until its receipt is committed.
-
-        Args:
-            shard: Which one.
-            data: For each array, the values of the video's frames in the shard, in order. A last
-                shard is filled up by repeating its last frame.
-            video: The video.
-
-        Raises:
-            TargetValueError: If a value cannot be stored.
-            ValueError: If arrays or frames are missing.
-        """
-        span = self.frames_of(shard, video)
-        if set(data) != set(self.array_names):
-            raise ValueError(f"shard of {self.name} needs {self.array_names}, got {sorted(data)}")
-        start = shard * self.shard_frames
-        digests = []
-        for name in self.array_names:
-            values = data[name]
-            if len(values) != len(span):
-                raise ValueError(f"{name} needs {len(span)} frames, got {len(values)}")
-            self._check(values, video, span)
-            if filling := self.shard_frames - len(values):
-                values = np.concatenate([values, np.repeat(values[-1:], filling, axis=0)])
-            array = self._arrays[name]
-            array[start : start + self.shard_frames] = values
-            digests.append(_flush_and_hash(self._object_path(name, shard)))
-        return Receipt(shard, tuple(digests))
-
-    def commit(self, receipts: Iterable[Receipt]) -> None:
-        """Make shards readable; only the store's driver does it."""
-        touched = set()
-        for receipt in receipts:
-            digests = np.frombuffer(b"".join(receipt.digests), np.uint8)
-            self._committed[receipt.shard] = digests.reshape(self._committed.shape[1:])
-            self._has_receipt[receipt.shard] = True
-            touched.add(receipt.shard // schema.RECEIPT_CHUNK)
-        for chunk in sorted(touched):
-            rows = slice(chunk * schema.RECEIPT_CHUNK, (chunk + 1) * schema.RECEIPT_CHUNK)
-            self._receipts[rows] = self._committed[rows]
-
-    def read_arrays(
-        self, video: VideoRow, start: int, stop: int
-    ) -> dict[str, npt.NDArray[Any]]:
-        """Return the values of frames ``start`` to ``stop`` (exclusive), keyed by array.
-
-        Raises:
-            VideoNotLabelledError: If a frame of the span is outside the video or in a shard
-                without a receipt.
-        """
-        if not 0 <= start < stop <= video.frames:
-            raise VideoNotLabelledError(
-                f"frames {start}-{stop} were asked of {video.id!r}, which has {video.frames}"
-            )
-        first, last = video.first + start, video.first + stop
-        shards = range(first // self.shard_frames, -(-last // self.shard_frames))
-        if not all(self.is_committed(shard) for shard in shards):
-            raise VideoNotLabelledError(
-                f"frames {start}-{stop} of {video.id!r} are not in {self.name} of "
-                f"{self.store.path}; add them with: tinyhd distill VIDEOS --store {self.store.path}"
-            )
-        return {name: np.asarray(array[first:last]) for name, array in self._arrays.items()}
-
-    def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
-        """Refuse values that the arrays cannot hold."""
-
-    def _object_path(self, name: str, shard: int) -> Path:
-        array = self._arrays[name]
-        key = array.metadata.encode_chunk_key((shard,) + (0,) * (array.ndim - 1))
-        return self.store.path / array.path / key
-
-
-class LabelSet(ShardSet):
-    """A teacher's stored soft targets."""
-
-    def __init__(self, store: TargetStore, group: zarr.Group) -> None:
-        super().__init__(store, group)
-        try:
-            self.layout = MapLayout.from_dict(self.attributes["maps"])  # type: ignore[arg-type]
-        except (KeyError, TypeError, ValueError) as error:
-            raise TargetStoreError(
-                f"the attributes of {self.name} in {store.path} are damaged: {error}"
-            ) from error
-
-    @property
-    def teacher(self) -> str:
-        """Name of the teacher."""
-        return str(self.attributes["teacher"])
-
-    @property
-    def window(self) -> int:
-        """Frames that the teacher looks at to label one."""
-        return int(self.attributes["provenance"]["window"])  # type: ignore[call-overload,index]
-
-    def read(self, video: str, start: int, stop: int) -> dict[str, npt.NDArray[np.float32]]:
-        """Return the native planes of frames ``start`` to ``stop`` (exclusive), keyed by array.
-
-        Shape:
-            each ``(stop - start, map, y, x)``, float32 logits or log-densities
-
-        Raises:
-            VideoNotFoundError: If the store does not know the video.
-            VideoNotLabelledError: If a frame of the span has no committed targets.
-        """
-        return self.read_arrays(self.store.video(video), start, stop)
-
-    def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
-        check_planes(values, video=video.id, first_frame=span.start)
-
-
-class FrameSet(ShardSet):
-    """Decoded frames of the videos at one size."""
-
-    def read(self, video: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Return frames ``start`` to ``stop`` (exclusive), ``(frame, y, x, channel)`` RGB.
-
-        Raises:
-            VideoNotFoundError: If the store does not know the video.
-            VideoNotLabelledError: If a frame of the span is not kept.
-        """
-        return self.read_arrays(self.store.video(video), start, stop)[self.array_names[0]]
-
-
 def _aligned(frames: int) -> int:
     return -(-frames // schema.FRAME_ALIGNMENT) * schema.FRAME_ALIGNMENT
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise TargetStoreError(f"{group.path}/{name} is not an array; the store is damaged")
-    return array
-
-
-def _flush_and_hash(path: Path) -> bytes:
-    """Bring a file to the disk, so that a receipt never outlives its shard in a power cut."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").digest()
+def _lengthen(array: zarr.Array[Any], length: int) -> None:
+    if array.shape[0] < length:
+        array.resize((length, *array.shape[1:]))

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from stores.errors import TinyHDError
 from student.config import TinyHDConfig
 from student.tinyhd import TinyHD
 
@@ -16,7 +17,7 @@ FORMAT: Final = "tinyhd-checkpoint"
 VERSION: Final = 1
 
 
-class CheckpointError(Exception):
+class CheckpointError(TinyHDError):
     """A file is no checkpoint of ours, is damaged, or does not fit what it is wanted for."""
 
 

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from stores.errors import VideoError
 from stores.frames import resize_frames
-from stores.targets import FrameSet, LabelSet, TargetStore, VideoRow
+from stores.shards import FrameSet, LabelSet, VideoRow
+from stores.targets import TargetStore
 from stores.videos import decode_video
 from student.config import CLIP_FRAMES
 
@@ -105,7 +106,9 @@ def spread_clips(spans: Spans, *, per_video: int) -> list[ClipKey]:
     return clips
 
 
-class ClipDataset(Dataset[tuple[ClipKey, npt.NDArray[np.uint8], dict[str, npt.NDArray[np.float32]]]]):
+class ClipDataset(
+    Dataset[tuple[ClipKey, npt.NDArray[np.uint8], dict[str, npt.NDArray[np.float32]]]]
+):
     """Frames and targets of clips; the store is opened in the process that first reads.
 
     Frames come from the store where it keeps them at the wanted size, else from the videos, which
@@ -146,8 +149,8 @@ class ClipDataset(Dataset[tuple[ClipKey, npt.NDArray[np.uint8], dict[str, npt.ND
         for row in decoded:
             if not self._path_of(row).is_file():
                 raise VideoError(
-                    f"{self._path_of(row)} is not there and {self._path} keeps no frames of it at "
-                    f"{self._height}x{self._width}; say where the videos lie with --videos-root, or "
+                    f"{self._path_of(row)} is not there, and {self._path} keeps no frames of it at "
+                    f"{self._height}x{self._width}; say where videos lie with --videos-root, or "
                     f"add frames with: tinyhd distill --with-frames {self._height}x{self._width}"
                 )
         return not decoded

@@ -15,7 +15,7 @@ SIZE_MULTIPLE: Final = 32
 
 @dataclass(frozen=True, kw_only=True)
 class TinyHDConfig:
-    """A TinyHD-S: one saliency map per clip, for its newest frame (Hu et al., WACV 2023, sec. 3)."""
+    """A TinyHD-S: one saliency map per clip, for its newest frame (Hu et al., WACV 2023)."""
 
     channel_reduction: ChannelReduction = 1
     """Divisor of every channel count of the encoder; above 1, distil from a teacher assistant."""
@@ -26,7 +26,9 @@ class TinyHDConfig:
 
     def __post_init__(self) -> None:
         if self.channel_reduction not in get_args(ChannelReduction):
-            raise ValueError(f"channel_reduction must be 1, 2, 4 or 8, got {self.channel_reduction!r}")
+            raise ValueError(
+                f"channel_reduction must be 1, 2, 4 or 8, got {self.channel_reduction!r}"
+            )
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if not isinstance(pixels, int) or pixels < SIZE_MULTIPLE or pixels % SIZE_MULTIPLE:
@@ -47,7 +49,9 @@ class TinyHDConfig:
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown fields {unknown} in a TinyHD configuration; known: {sorted(known)}")
+            raise ValueError(
+                f"unknown fields {unknown} in a TinyHD configuration; known: {sorted(known)}"
+            )
         return cls(**values)
 
 
@@ -58,7 +62,9 @@ VARIANTS: Final[Mapping[str, TinyHDConfig]] = {
 }
 
 
-def build_config(variant: str, *, height: int | None = None, width: int | None = None) -> TinyHDConfig:
+def build_config(
+    variant: str, *, height: int | None = None, width: int | None = None
+) -> TinyHDConfig:
     """Return the named variant, at its published size of 192x256 unless another is given.
 
     Raises:

@@ -126,9 +126,7 @@ class PyramidDecoder(nn.Module):
         self.top2 = _decoder_block(c2, 4 * c1, FRAMEWISE)
         self.lateral1 = _decoder_block(c1, c1, HALVE)
         self.top1 = _decoder_block(c1, 4 * c0, FRAMEWISE)
-        self.lateral0 = nn.Sequential(
-            _decoder_block(c0, c0, HALVE), _decoder_block(c0, c0, HALVE)
-        )
+        self.lateral0 = nn.Sequential(_decoder_block(c0, c0, HALVE), _decoder_block(c0, c0, HALVE))
         self.refine = _decoder_block(c0, c0, HALVE)
         self.last_double = shuffle_up if channel_reduction == 1 else interpolate_up
         self.head = _decoder_block(c0 // 4 if channel_reduction == 1 else c0, 1, HALVE)

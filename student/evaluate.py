@@ -27,9 +27,7 @@ class Agreement:
 
 
 @torch.inference_mode()
-def compare_with_teacher(
-    model: TinyHD, batches: Iterable[Batch], layout: MapLayout
-) -> Agreement:
+def compare_with_teacher(model: TinyHD, batches: Iterable[Batch], layout: MapLayout) -> Agreement:
     """Compare saliency maps with a teacher's stored ones; the model is left in evaluation mode."""
     model.eval()
     device = next(model.parameters()).device

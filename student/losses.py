@@ -83,6 +83,7 @@ def distillation_loss(
 
 def _mean_kl(target: Tensor, logits: Tensor) -> Tensor:
     says_something = target.sum((-2, -1)) > 0
+    filled = target.where(says_something[:, None, None], 1.0)  # 0/0 would spoil the gradient
     # The maps are sigmoids: their logarithm is exact from the logits, also where they underflow.
-    divergences = kl_divergence(target, F.logsigmoid(logits))
+    divergences = kl_divergence(filled, F.logsigmoid(logits))
     return divergences.where(says_something, 0.0).sum() / says_something.sum().clamp(min=1)

@@ -10,11 +10,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from student.checkpoints import CheckpointError, read_checkpoint, save_checkpoint
+from stores.errors import TinyHDError
+from student.checkpoints import read_checkpoint, save_checkpoint
 from student.tinyhd import TinyHD
 
 
-class RunError(Exception):
+class RunError(TinyHDError):
     """A run directory cannot be used."""
 
 
@@ -113,6 +114,3 @@ def _check_same(path: Path, config: Mapping[str, Any]) -> None:
             f"{path.parent} holds a run of another configuration ({'; '.join(changed)}); "
             "choose another --out"
         )
-
-
-__all__ = ["CheckpointError", "RunDir", "RunError"]

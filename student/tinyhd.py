@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from student.blocks import ConvNorm
 from student.config import CLIP_FRAMES, SIZE_MULTIPLE, TinyHDConfig
 from student.decoders import GridDecoder, HierarchicalDecoder, PyramidDecoder
 from student.encoder import Encoder, level_channels
+
+DECODERS: Final = (("d1", HierarchicalDecoder), ("d2", PyramidDecoder), ("d3", GridDecoder))
+"""In the order in which the fusion takes their maps."""
 
 # Shapes: B clips, K maps, T frames, H height, W width.
 
@@ -58,26 +60,21 @@ class TinyHD(nn.Module):
         reduction = config.channel_reduction
         channels = level_channels(reduction)
         self.encoder = Encoder(channel_reduction=reduction)
-        self.decoders = nn.ModuleDict(
-            {
-                "d1": HierarchicalDecoder(channels, channel_reduction=reduction),
-                "d2": PyramidDecoder(channels, channel_reduction=reduction),
-                "d3": GridDecoder(channels, channel_reduction=reduction),
-            }
-        )
-        num_maps = sum(int(decoder.num_maps) for decoder in self.decoders.values())
+        decoders = {name: build(channels, channel_reduction=reduction) for name, build in DECODERS}
+        num_maps = sum(decoder.num_maps for decoder in decoders.values())
+        self.decoders = nn.ModuleDict(decoders)
         self.fusion = nn.Conv2d(num_maps, 1, kernel_size=1)
         self._initialise()
         for part in (self.encoder, self.decoders):  # depthwise layers are several times faster so
-            part.to(memory_format=torch.channels_last_3d)
+            part.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def _initialise(self) -> None:
         """Start as MobileNetV2 does in the encoder; decoders keep PyTorch's defaults."""
         for module in self.encoder.modules():
-            if isinstance(module, ConvNorm):
-                nn.init.kaiming_normal_(module[0].weight, mode="fan_out")
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
         nn.init.kaiming_normal_(self.fusion.weight, mode="fan_out")
-        nn.init.zeros_(self.fusion.bias)
+        nn.init.constant_(self.fusion.get_parameter("bias"), 0.0)
 
     def forward(self, clip: Tensor) -> StudentOutput:
         _check_clip(clip)

@@ -15,9 +15,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from stores.errors import TinyHDError
 from stores.maps import MapLayout, render_maps
 from stores.progress import Progress
-from stores.targets import LabelSet, TargetStore
+from stores.shards import LabelSet
+from stores.targets import TargetStore
 from student.clips import (
     Batch,
     ClipDataset,
@@ -39,7 +41,7 @@ MILESTONES: Final = (0.5, 0.75, 0.9)
 """Shares of all epochs after which the learning rate falls to a tenth (TinyHD: 100, 150, 180)."""
 
 
-class TrainingError(Exception):
+class TrainingError(TinyHDError):
     """Training cannot start or go on."""
 
 
@@ -85,8 +87,9 @@ class TrainState:
     batch: int = 0
     """Batches of the epoch so far."""
     best_kl: float = float("inf")
+    validation: Agreement | None = None
+    """Of the last epoch that was validated."""
     is_complete: bool = False
-    last: Agreement | None = None
 
 
 def train(
@@ -145,7 +148,14 @@ def train(
         optimizer = build_optimizer(model, config)
         state = _resume(run, model, optimizer)
         trainer = _Trainer(model, optimizer, label_set.layout, config, run, state)
-        with _stop_on_signal() as stop:
+        per_epoch = config.clips_per_video * len(split.training)
+        done = state.epoch * per_epoch + min(per_epoch, state.batch * config.batch_size)
+        with (
+            _stop_on_signal() as stop,
+            Progress(
+                config.epochs * per_epoch, unit="clips", label="training", done=done
+            ) as progress,
+        ):
             while state.epoch < config.epochs and not stop.is_set:
                 clips = draw_clips(
                     split.training,
@@ -157,7 +167,7 @@ def train(
                 batches = load_batches(
                     dataset, left, batch_size=config.batch_size, workers=loader_workers
                 )
-                trainer.run_epoch(batches, len(clips), stop, checkpoint_seconds)
+                trainer.run_epoch(batches, stop, progress, checkpoint_seconds)
                 if not stop.is_set:
                     trainer.end_epoch(
                         load_batches(dataset, validation, batch_size=config.batch_size * 2)
@@ -208,28 +218,29 @@ class _Trainer:
         self._saved_at = time.monotonic()
 
     def run_epoch(
-        self, batches: Iterator[Batch], num_clips: int, stop: _Stop, checkpoint_seconds: float
+        self, batches: Iterator[Batch], stop: _Stop, progress: Progress, checkpoint_seconds: float
     ) -> None:
+        """Train on what is left of an epoch, or until a signal comes."""
         config, state = self._config, self._state
         rate = config.learning_rate_at(state.epoch)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         self._model.train()
-        label = f"epoch {state.epoch + 1} of {config.epochs}"
-        done = min(num_clips, state.batch * config.batch_size)
-        with Progress(num_clips, unit="clips", label=label, done=done) as progress:
-            for batch in batches:
-                losses = self.train_step(batch)
-                state.step += 1
-                state.batch += 1
-                terms = {name: term.item() for name, term in losses.terms.items()}
-                total = losses.total.item()
-                self._run.log("training", state.step, {"total": total, **terms})
-                progress.advance(len(batch.keys), note=f"loss {total:.3f}")
-                if stop.is_set or time.monotonic() - self._saved_at >= checkpoint_seconds:
-                    self.save(is_best=False)
-                if stop.is_set:
-                    return
+        for batch in batches:
+            losses = self.train_step(batch)
+            state.step += 1
+            state.batch += 1
+            terms = {name: term.item() for name, term in losses.terms.items()}
+            total = losses.total.item()
+            self._run.log("training", state.step, {"total": total, **terms, "learning_rate": rate})
+            progress.advance(
+                len(batch.keys),
+                note=f"epoch {state.epoch + 1} of {config.epochs}, loss {total:.3f}",
+            )
+            if stop.is_set or time.monotonic() - self._saved_at >= checkpoint_seconds:
+                self.save(is_best=False)
+            if stop.is_set:
+                return
 
     def train_step(self, batch: Batch) -> Losses:
         """Make one update."""
@@ -247,7 +258,7 @@ class _Trainer:
                 "try a smaller learning rate"
             )
         self._optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
+        torch.autograd.backward(losses.total)
         self._optimizer.step()
         return losses
 
@@ -256,14 +267,14 @@ class _Trainer:
         state = self._state
         is_best = True
         if validation is not None:
-            state.last = compare_with_teacher(self._model, validation, self._layout)
-            scores = {"kl": state.last.kl, "cc": state.last.cc}
-            self._run.log("validation", state.step, scores)
-            is_best = state.last.kl < state.best_kl
-            state.best_kl = min(state.last.kl, state.best_kl)
+            scores = compare_with_teacher(self._model, validation, self._layout)
+            self._run.log("validation", state.step, {"kl": scores.kl, "cc": scores.cc})
+            is_best = scores.kl < state.best_kl
+            state.best_kl = min(scores.kl, state.best_kl)
+            state.validation = scores
             log.info(
                 "epoch %d of %d, step %d: KL %.4f, CC %.4f to the teacher on held-out frames",
-                *(state.epoch + 1, self._config.epochs, state.step, *scores.values()),
+                *(state.epoch + 1, self._config.epochs, state.step, scores.kl, scores.cc),
             )
         state.epoch += 1
         state.batch = 0
@@ -272,11 +283,13 @@ class _Trainer:
     def save(self, *, is_best: bool) -> None:
         """Keep everything that the next step depends on."""
         state = {name: getattr(self._state, name) for name in _SAVED}
+        validation = asdict(self._state.validation) if self._state.validation else None
         self._run.save(
             self._model,
             is_best=is_best,
             optimizer=self._optimizer.state_dict(),
             random_state=torch.get_rng_state(),
+            validation=validation,
             **state,
         )
         self._saved_at = time.monotonic()
@@ -322,6 +335,8 @@ def _resume(run: RunDir, model: TinyHD, optimizer: torch.optim.SGD) -> TrainStat
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["random_state"])
     state = TrainState(**{name: checkpoint[name] for name in _SAVED})
+    if checkpoint["validation"] is not None:
+        state.validation = Agreement(**checkpoint["validation"])
     log.info("continuing %s after step %d", run.path, state.step)
     return state
 

@@ -94,7 +94,8 @@ class Teacher(ABC):
             - returns: ``(H, W, 3)``
         """
         layout = self.spec.layout
-        return resize_frames(frame[None], layout.height, layout.width, antialias=True)[0]
+        resized = resize_frames(frame[None], layout.height, layout.width, antialias=True)
+        return resized.reshape(resized.shape[1:])
 
     def prepare(self, frames: npt.NDArray[np.uint8]) -> Tensor:
         """Bring resized frames to what the network expects.

