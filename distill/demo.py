@@ -49,8 +49,8 @@ SIZE: Final = (64, 96)
 CONFIG: Final = TrainConfig(
     student=build_config(VARIANT, height=SIZE[0], width=SIZE[1]),
     epochs=10,
-    clips_per_video=14,
-    learning_rate=0.03,
+    clips_per_video=16,
+    learning_rate=0.1,
     holdout=0.25,
 )
 PANEL: Final = (180, 320)

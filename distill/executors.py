@@ -37,9 +37,15 @@ class InlineExecutor:
         self._settings = settings
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Event | None]:
-        worker = LabelWorker(self._settings)
-        for task in tasks:
-            yield from worker.run(task)
+        import torch
+
+        threads = torch.get_num_threads()
+        try:
+            worker = LabelWorker(self._settings)  # sets its own number of threads
+            for task in tasks:
+                yield from worker.run(task)
+        finally:
+            torch.set_num_threads(threads)
 
 
 @dataclass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def _without_zarrs_remark() -> Iterator[None]:
 def test_plain_zarr_reads_the_same_numbers(path: Path) -> None:
     ours = TargetStore.open(path)
     labels = ours.label_set()
-    root = zarr.open_group(path, mode="r")
+    root: Any = zarr.open_group(path, mode="r")
     assert dict(root.attrs) == {"format": "tinyhd-targets", "version": 1}
     ids = np.asarray(root["videos/id"][:]).tolist()
     row = ids.index("sub/middle")
@@ -71,7 +73,7 @@ def test_xarray_opens_every_group(path: Path) -> None:
 def test_only_types_of_the_zarr_specification_are_used(path: Path) -> None:
     allowed = {"uint8", "int64", "float32", "float64", "string"}
     for metadata in path.rglob("zarr.json"):
-        node = __import__("json").loads(metadata.read_text())
+        node = json.loads(metadata.read_text())
         if node["node_type"] == "array":
             assert node["data_type"] in allowed, metadata
             assert all(node["dimension_names"]), metadata

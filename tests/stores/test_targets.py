@@ -130,7 +130,7 @@ def test_last_shard_is_filled_up_but_not_read(store: TargetStore, labels: LabelS
     assert labels.coverage(video) == [range(32, 40)]
     with pytest.raises(VideoNotLabelledError, match="which has 40"):
         labels.read("b", 32, 41)
-    raw = labels._arrays["maps_4x4"][video.first + 32 : video.first + 48]
+    raw = np.asarray(labels._arrays["maps_4x4"][video.first + 32 : video.first + 48])
     np.testing.assert_array_equal(raw[8:], np.repeat(raw[7:8], 8, axis=0))
 
 

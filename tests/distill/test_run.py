@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from distill import DistillSettings, label_videos
+from distill.executors import RayExecutor
+from distill.label import ShardDone
+from distill.plan import Failure, Task
+from distill.worker import WorkerSettings
+from stores.errors import StoreBusyError, VideoError
+from stores.targets import TargetStore
+from stores.videos import decode_video
+from teachers.registry import build
+
+if TYPE_CHECKING:
+    from tests.conftest import MakeVideo
+
+MakeExecutor = Callable[..., tuple[RayExecutor, list[Task]]]
+PROJECT = Path(__file__).resolve().parents[2]
+INLINE = DistillSettings(
+    teacher="pqft", size=(64, 64), executor="inline", with_frames=(32, 32), shard_frames=16
+)
+ON_RAY = DistillSettings(
+    teacher="pqft", size=(64, 64), executor="ray", with_frames=(32, 32), shard_frames=16
+)
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """What two equal stores have in common: all files but those of ``runs``."""
+    return {
+        file.relative_to(store).as_posix(): file.read_bytes()
+        for file in sorted(store.rglob("*"))
+        if file.is_file() and file.relative_to(store).parts[0] != "runs"
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, video_folder: Path) -> Path:
+    path = tmp_path_factory.mktemp("undisturbed") / "targets.zarr"
+    label_videos([video_folder], path, INLINE)
+    return path
+
+
+def test_all_frames_are_labelled_by_the_teacher(undisturbed: Path, video_folder: Path) -> None:
+    store = TargetStore.open(undisturbed)
+    teacher = build("pqft", size=(64, 64))
+    frames = np.stack([teacher.resize(f) for f in decode_video(video_folder / "long.avi")])
+    expected = teacher.label(teacher.prepare(frames), first=0, span=range(70))
+    stored = store.label_set().read("long", 0, 70)
+    for name, values in expected.items():
+        # Half a grid step, and rounding: windows are batched differently here.
+        assert np.abs(stored[name] - values.numpy()).max() <= 1 / 64 + 1e-4
+
+
+def test_second_run_does_nothing(
+    tmp_path: Path, undisturbed: Path, video_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "targets.zarr"
+    shutil.copytree(undisturbed, path)
+    before = contents(path)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("there was nothing to decode")
+
+    monkeypatch.setattr("stores.videos.decode_video", refuse)
+    monkeypatch.setattr("distill.label.decode_video", refuse)
+    report = label_videos([video_folder], path, INLINE)
+    assert (report.shards, report.videos, report.failures) == (0, 3, [])
+    assert "nothing to do" in str(report)
+    assert contents(path) == before
+
+
+@pytest.mark.ray
+def test_ray_writes_the_bytes_of_one_process(
+    tmp_path: Path, undisturbed: Path, video_folder: Path, local_ray: None
+) -> None:
+    path = tmp_path / "targets.zarr"
+    report = label_videos([video_folder], path, ON_RAY)
+    assert (report.videos, report.frames, report.shards) == (3, 134, 2 * (5 + 3 + 2))
+    assert contents(path) == contents(undisturbed)
+
+
+@pytest.mark.ray
+def test_killed_run_continues_to_the_same_bytes(tmp_path: Path, video_folder: Path) -> None:
+    """Killed half way with SIGKILL, and continued by the same command."""
+    videos = tmp_path / "videos"
+    shutil.copytree(video_folder, videos)
+    whole, cut = tmp_path / "whole.zarr", tmp_path / "cut.zarr"
+    settings = DistillSettings(
+        teacher="pqft", size=(256, 256), executor="inline", shard_frames=16, batch=4
+    )
+    label_videos([videos], whole, settings)
+    command = [
+        *(sys.executable, "cli.py", "distill", str(videos), "--store", str(cut)),
+        *("--teacher", "pqft", "--size", "256x256", "--shard-frames", "16", "--batch", "4"),
+    ]
+    process = subprocess.Popen(command, cwd=PROJECT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list(cut.glob("labels/*/maps_*/c.*"))) < 8:
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    killed = contents(cut)
+    assert killed != contents(whole)
+
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert contents(cut) == contents(whole)
+
+
+@pytest.mark.ray
+def test_interrupted_run_keeps_what_is_done(tmp_path: Path, sample_folder: Path) -> None:
+    path = tmp_path / "targets.zarr"
+    command = [
+        *(sys.executable, "cli.py", "distill", str(sample_folder / "bikes.mp4")),
+        *("--store", str(path), "--teacher", "pqft", "--shard-frames", "16"),
+    ]
+    process = subprocess.Popen(
+        command, cwd=PROJECT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while len(list(path.glob("labels/*/maps_96x128/c.*"))) < 3:
+        assert process.poll() is None, "the run ended before it was interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1].startswith("interrupted; run the same command again")
+    assert "Traceback" not in errors
+    store = TargetStore.open(path)
+    (span,) = store.label_set().coverage(store.videos[0])
+    assert span.start == 0
+    assert span.stop >= 32
+
+
+def test_broken_video_among_good_ones_is_skipped(
+    tmp_path: Path, make_video: MakeVideo, undisturbed: Path
+) -> None:
+    make_video(tmp_path / "videos" / "good.avi", frames=20)
+    (tmp_path / "videos" / "bad.mp4").write_bytes(b"not a video")
+    (tmp_path / "videos" / "empty.avi").write_bytes(b"")
+    report = label_videos([tmp_path / "videos"], tmp_path / "targets.zarr", INLINE)
+    assert report.videos == 1
+    assert {failure.video for failure in report.failures} == {"bad", "empty"}
+    store = TargetStore.open(tmp_path / "targets.zarr")
+    assert [video.id for video in store.videos] == ["good"]
+    assert store.label_set().coverage(store.videos[0]) == [range(20)]
+    log = (store.path / "runs" / "log.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["event"] == "failure" for line in log) == 2
+
+
+def test_only_broken_videos_leave_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    with pytest.raises(VideoError, match=r"none of the 1 videos can be decoded.*bad\.mp4"):
+        label_videos([tmp_path], tmp_path / "targets.zarr", INLINE)
+    assert not (tmp_path / "targets.zarr").exists()
+
+
+def test_changed_video_is_reported_and_the_old_labels_stay(
+    tmp_path: Path, make_video: MakeVideo
+) -> None:
+    videos, path = tmp_path / "videos", tmp_path / "targets.zarr"
+    make_video(videos / "a.avi", frames=20, seed=1)
+    make_video(videos / "b.avi", frames=20, seed=2)
+    label_videos([videos], path, INLINE)
+    before = TargetStore.open(path).label_set().read("a", 0, 20)
+    make_video(videos / "a.avi", frames=30, seed=3)
+    make_video(videos / "c.avi", frames=20, seed=4)
+    report = label_videos([videos], path, INLINE)
+    assert [failure.video for failure in report.failures] == ["a"]
+    assert "other content" in report.failures[0].reason
+    after = TargetStore.open(path)
+    assert [video.id for video in after.videos] == ["a", "b", "c"]
+    for name, values in after.label_set().read("a", 0, 20).items():
+        np.testing.assert_array_equal(values, before[name])
+
+
+def test_copies_of_a_video_are_labelled_once(tmp_path: Path, make_video: MakeVideo) -> None:
+    one = make_video(tmp_path / "videos" / "one.avi", frames=20)
+    shutil.copy(one, tmp_path / "videos" / "two.avi")
+    report = label_videos([tmp_path / "videos"], tmp_path / "targets.zarr", INLINE)
+    assert (report.videos, report.frames) == (2, 20)
+    labels = TargetStore.open(tmp_path / "targets.zarr").label_set()
+    for name, values in labels.read("one", 0, 20).items():
+        np.testing.assert_array_equal(values, labels.read("two", 0, 20)[name])
+
+
+def test_new_videos_and_frames_are_added_to_what_is_there(
+    tmp_path: Path, make_video: MakeVideo
+) -> None:
+    from dataclasses import replace
+
+    videos, path = tmp_path / "videos", tmp_path / "targets.zarr"
+    make_video(videos / "b.avi", frames=20, seed=1)
+    assert label_videos([videos], path, replace(INLINE, with_frames=None)).shards == 2
+    make_video(videos / "a.avi", frames=20, seed=2)
+    report = label_videos([videos], path, INLINE)
+    assert (report.frames, report.shards) == (20, 2 + 4)  # labels of a; frames of both
+    found = TargetStore.open(path)
+    frames = found.frame_set(height=32, width=32)
+    assert frames is not None
+    assert all(not frames.missing(video) for video in found.videos)
+
+
+def test_store_in_use_is_refused(tmp_path: Path, undisturbed: Path, video_folder: Path) -> None:
+    path = tmp_path / "targets.zarr"
+    shutil.copytree(undisturbed, path)
+    with TargetStore.open(path, mode="r+").writer(), pytest.raises(StoreBusyError):
+        label_videos([video_folder], path, INLINE)
+
+
+@pytest.fixture
+def ray_executor(tmp_path: Path, undisturbed: Path, local_ray: None) -> MakeExecutor:
+    """An executor on a store without receipts, and the tasks that fill it."""
+    from dataclasses import replace
+
+    path = tmp_path / "targets.zarr"
+    shutil.copytree(undisturbed, path)
+    store = TargetStore.open(path, mode="r+")
+    labels = store.label_set()
+    labels._receipts[:] = 0
+    labels.refresh()
+    settings = WorkerSettings(
+        store=path,
+        labels=labels.name,
+        frames=None,
+        teacher="pqft",
+        size=(64, 64),
+        reader="pyav",
+        batch=32,
+        threads=1,
+    )
+    tasks = [Task(video, tuple(labels.missing(video))) for video in store.videos]
+    return lambda **change: (
+        RayExecutor(replace(settings, **change), actors=1, cpus_per_actor=1),
+        tasks,
+    )
+
+
+@pytest.mark.ray
+def test_task_of_a_dead_actor_is_done_by_another(
+    ray_executor: MakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    executor, tasks = ray_executor()
+    actors: list[Any] = []
+    make_actor = executor._new_actor
+
+    def remember_actor() -> Any:  # noqa: ANN401
+        actors.append(make_actor())
+        return actors[-1]
+
+    monkeypatch.setattr(executor, "_new_actor", remember_actor)
+    shards: list[int] = []
+    for event in executor.run(tasks):
+        if isinstance(event, ShardDone):
+            shards.append(event.receipt.shard)
+            if len(shards) == 2:
+                ray.kill(actors[0])
+    assert len(actors) == 2
+    assert sorted(shards) == sorted(shard for task in tasks for shard in task.label_shards)
+
+
+@pytest.mark.ray
+def test_task_that_fails_three_times_is_given_up_and_the_rest_is_done(
+    ray_executor: MakeExecutor,
+) -> None:
+    from dataclasses import replace
+
+    executor, tasks = ray_executor()
+    hopeless = replace(tasks[0], label_shards=(10**9,))  # there is no such shard
+    events = [event for event in executor.run([hopeless, *tasks[1:]]) if event is not None]
+    failures = [event for event in events if isinstance(event, Failure)]
+    assert [failure.video for failure in failures] == [tasks[0].video.id]
+    assert "failed 3 times" in failures[0].reason
+    assert len(events) == 1 + sum(len(task.label_shards) for task in tasks[1:])
+
+
+@pytest.mark.ray
+def test_teacher_that_cannot_be_made_is_reported(ray_executor: MakeExecutor) -> None:
+    executor, tasks = ray_executor(size=(50, 50))
+    events = [event for event in executor.run(tasks) if event is not None]
+    reasons = [event.reason for event in events if isinstance(event, Failure)]
+    assert len(reasons) == len(events) == len(tasks)
+    assert all("multiples of 16" in reason for reason in reasons)
+
+
+@pytest.mark.ray
+def test_more_actors_than_cpus_are_refused(
+    tmp_path: Path, video_folder: Path, local_ray: None
+) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="do not fit"):
+        label_videos([video_folder], tmp_path / "t.zarr", replace(ON_RAY, actors=500))

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stores.errors import LabelSetNotFoundError, NotATargetStoreError
+from student.checkpoints import CheckpointError, load_model, read_checkpoint, save_checkpoint
+from student.config import build_config
+from student.losses import LossWeights
+from student.runs import RunDir, RunError
+from student.tinyhd import TinyHD
+from student.train import TrainConfig, TrainingError, build_optimizer, train
+
+SMALL = TrainConfig(
+    student=build_config("tinyhd-s-rc4", height=32, width=32),
+    epochs=3,
+    clips_per_video=4,
+    batch_size=3,
+    learning_rate=0.05,
+    holdout=0.3,
+    validation_clips=2,
+)
+
+
+def training_curve(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_training_lowers_the_loss_and_leaves_a_model(labelled: Path, tmp_path: Path) -> None:
+    config = replace(SMALL, epochs=6, clips_per_video=6)
+    state = train(labelled, tmp_path / "run", config)
+    assert state.is_complete
+    assert state.step == 6 * 6  # 3 videos x 6 clips in batches of 3
+    totals = [row["total"] for row in training_curve(tmp_path / "run") if row["kind"] == "training"]
+    assert sum(totals[-4:]) < 0.9 * sum(totals[:4])
+    validations = [r for r in training_curve(tmp_path / "run") if r["kind"] == "validation"]
+    assert len(validations) == 6
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    for name in ("last.pt", "best.pt"):
+        model = load_model(tmp_path / "run" / name)
+        assert model.config == config.student
+        assert not model.training
+
+
+def test_tensorboard_finds_the_loss_curve(labelled: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(labelled, tmp_path / "run", replace(SMALL, epochs=1))
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    scalars = {event.step: event.value for event in events.Scalars("training/total")}
+    rows = [row for row in training_curve(tmp_path / "run") if row["kind"] == "training"]
+    assert scalars == pytest.approx({row["step"]: row["total"] for row in rows})
+
+
+@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_run_continues_exactly(
+    labelled: Path, tmp_path: Path, killer: signal.Signals
+) -> None:
+    """A process is killed in the middle of an epoch; the rest is done by another."""
+    config = replace(SMALL, epochs=4, clips_per_video=6)
+    train(labelled, tmp_path / "whole", config)
+    store, out = labelled, tmp_path / "cut"
+    script = f"""
+import sys
+from pathlib import Path
+from student.config import build_config
+from student.train import TrainConfig, train
+config = TrainConfig(student=build_config("tinyhd-s-rc4", height=32, width=32), epochs=4,
+    clips_per_video=6, batch_size=3, learning_rate=0.05, holdout=0.3, validation_clips=2)
+state = train(Path({str(store)!r}), Path({str(out)!r}), config, checkpoint_seconds=0)
+sys.exit(0 if state.is_complete else 7)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("training") < 6:
+        assert process.poll() is None, "the process ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, killer)
+    assert process.wait(60) == (7 if killer == signal.SIGINT else -signal.SIGKILL)
+    step = read_checkpoint(tmp_path / "cut" / "last.pt")["step"]
+    assert 5 <= step < 24
+
+    state = train(labelled, tmp_path / "cut", config)
+    assert state.is_complete
+    assert training_curve(tmp_path / "cut") == training_curve(tmp_path / "whole")
+    whole, cut = (read_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "cut"))
+    for name, values in whole["weights"].items():
+        assert torch.equal(values, cut["weights"][name]), name
+    assert whole["best_kl"] == cut["best_kl"]
+
+
+def test_finished_run_is_not_done_again(labelled: Path, tmp_path: Path) -> None:
+    config = replace(SMALL, epochs=1)
+    first = train(labelled, tmp_path / "run", config)
+    curve = training_curve(tmp_path / "run")
+    again = train(labelled, tmp_path / "run", config)
+    assert again.is_complete
+    assert again.validation == first.validation
+    assert training_curve(tmp_path / "run") == curve
+
+
+def test_folder_of_another_configuration_is_refused(labelled: Path, tmp_path: Path) -> None:
+    train(labelled, tmp_path / "run", replace(SMALL, epochs=1))
+    with pytest.raises(RunError, match=r"seed was 0, is 1.*choose another"):
+        train(labelled, tmp_path / "run", replace(SMALL, epochs=1, seed=1))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(RunError, match="no training run"):
+        train(labelled, tmp_path / "notes", SMALL)
+
+
+def test_folder_in_use_is_refused(tmp_path: Path) -> None:
+    with (
+        RunDir.open(tmp_path / "run", {}),
+        pytest.raises(RunError, match="in use"),
+        RunDir.open(tmp_path / "run", {}),
+    ):
+        pass
+
+
+def test_damaged_checkpoint_is_named(labelled: Path, tmp_path: Path) -> None:
+    config = replace(SMALL, epochs=1)
+    train(labelled, tmp_path / "run", config)
+    path = tmp_path / "run" / "last.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"last\.pt is not a checkpoint, or is damaged"):
+        train(labelled, tmp_path / "run", config)
+
+
+def test_missing_store_and_label_set_are_named(labelled: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotATargetStoreError):
+        train(tmp_path / "nothing.zarr", tmp_path / "run", SMALL)
+    with pytest.raises(LabelSetNotFoundError, match="hd2s"):
+        train(labelled, tmp_path / "run", SMALL, labels="hd2s")
+    assert not (tmp_path / "run").exists()
+
+
+def test_loss_that_is_no_number_stops_training(labelled: Path, tmp_path: Path) -> None:
+    config = replace(SMALL, learning_rate=1e18)
+    with pytest.raises(TrainingError, match=r"not finite, on the clips .*:"):
+        train(labelled, tmp_path / "run", config)
+
+
+def test_learning_rate_falls_at_the_milestones() -> None:
+    config = TrainConfig()
+    rates = [round(config.learning_rate_at(epoch), 8) for epoch in (0, 99, 100, 150, 180, 199)]
+    assert rates == [0.01, 0.01, 0.001, 0.0001, 0.00001, 0.00001]
+
+
+def test_parameters_are_grouped_as_published() -> None:
+    model = TinyHD(build_config("tinyhd-s-rc4"))
+    config = TrainConfig()
+    optimizer = build_optimizer(model, config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert len(found) == 491
+    for name, values in found.items():
+        is_encoder, is_bias = name.startswith("encoder."), name.endswith(".bias")
+        scale = {(True, False): 0.5, (True, True): 1.0, (False, False): 1.0, (False, True): 2.0}
+        assert values == (scale[is_encoder, is_bias], 0.0 if is_bias else 5e-4), name
+
+
+def test_one_update_is_pytorchs_sgd(labelled: Path, tmp_path: Path) -> None:
+    """The first step moves each tensor by its group's rate times gradient plus decay."""
+    torch.manual_seed(SMALL.seed)
+    model = TinyHD(SMALL.student)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, SMALL)
+    for group in optimizer.param_groups:
+        group["lr"] = SMALL.learning_rate * group["lr_scale"]
+    output = model(torch.randn(2, 3, 16, 32, 32))
+    output.saliency_logits.square().mean().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        is_bias = name.endswith("bias")
+        rate = SMALL.learning_rate * (0.5 if name.startswith("encoder") else 1) * (1 + is_bias)
+        gradient = parameter.grad + (0 if is_bias else 5e-4) * before[name]
+        torch.testing.assert_close(parameter.detach(), before[name] - rate * gradient)
+
+
+@pytest.mark.parametrize("field", ["epochs", "clips_per_video", "batch_size", "learning_rate"])
+def test_settings_that_make_no_sense_are_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        replace(TrainConfig(), **{field: 0})  # type: ignore[arg-type]
+
+
+def test_zero_hierarchical_weight_trains_on_the_saliency_map_alone(
+    labelled: Path, tmp_path: Path
+) -> None:
+    config = replace(SMALL, epochs=1, loss=LossWeights(hierarchical=0))
+    train(labelled, tmp_path / "run", config)
+    row = training_curve(tmp_path / "run")[0]
+    assert row["total"] == row["teacher"]
+    assert "hierarchical" not in row
+
+
+def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_model(tmp_path / "none.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of TinyHD"):
+        load_model(tmp_path / "other.pt")
+    model = TinyHD(SMALL.student)
+    save_checkpoint(tmp_path / "model.pt", model)
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    content["config"]["channel_reduction"] = 2
+    torch.save(content, tmp_path / "mixed.pt")
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load_model(tmp_path / "mixed.pt")
+    content["version"] = 9
+    torch.save(content, tmp_path / "newer.pt")
+    with pytest.raises(CheckpointError, match="version 9"):
+        load_model(tmp_path / "newer.pt")
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch harmed",)
+
+
+def test_checkpoint_that_wants_to_run_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": "tinyhd-checkpoint", "weights": Harmful()}, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path / "bad.pt")
+    assert not (tmp_path / "harmed").exists()

@@ -1,0 +1,162 @@
+"""The commands as a user types them; bad input ends in one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cli import cli
+
+if TYPE_CHECKING:
+    from tests.conftest import MakeVideo
+
+Run = Callable[..., Result]
+SMALL = ("--executor", "inline", "--size", "64x64", "--shard-frames", "16")
+TRAIN_SMALL = ("--size", "32x32", "--epochs", "1", "--clips-per-video", "1", "--device", "cpu")
+
+
+@pytest.fixture
+def run() -> Run:
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+    return call
+
+
+def assert_one_line(result: Result, code: int, *parts: str) -> None:
+    lines = [line for line in result.output.splitlines() if line.startswith("Error:")]
+    assert result.exit_code == code, result.output
+    assert len(lines) == 1, result.output
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_two_commands_make_a_student(run: Run, video_folder: Path, tmp_path: Path) -> None:
+    store, out = tmp_path / "targets.zarr", tmp_path / "run"
+    arguments = ("distill", video_folder, "--teacher", "pqft", "--store", store, *SMALL)
+    first = run(*arguments)
+    assert first.exit_code == 0, first.output
+    assert "3 videos complete, 10 shards written, 134 frames labelled" in first.output
+    assert "nothing to do, 3 videos are complete" in run(*arguments).output
+    trained = run("train", "--store", store, "--out", out, *TRAIN_SMALL)
+    assert trained.exit_code == 0, trained.output
+    assert "2 steps done" in trained.output
+    assert "on held-out frames: KL" not in trained.output  # 10 % of these videos hold no clip
+    assert (out / "last.pt").is_file()
+
+
+@pytest.mark.parametrize("command", ["distill", "train", "demo"])
+def test_help_shows_an_example(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"python cli.py {command}" in result.output
+
+
+def test_unreadable_video(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    store = tmp_path / "t.zarr"
+    result = run("distill", tmp_path / "bad.mp4", "--teacher", "pqft", "--store", store, *SMALL)
+    assert_one_line(result, 1, "bad.mp4", "cannot open")
+    assert not store.exists()
+
+
+def test_broken_video_among_good_ones(run: Run, make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "videos" / "good.avi", frames=20)
+    (tmp_path / "videos" / "bad.avi").write_bytes(b"no video")
+    store = tmp_path / "t.zarr"
+    result = run("distill", tmp_path / "videos", "--teacher", "pqft", "--store", store, *SMALL)
+    assert result.exit_code == 3
+    assert "1 videos complete" in result.output
+    assert "failed: bad: cannot open" in result.output
+
+
+def test_empty_folder(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    store = tmp_path / "t.zarr"
+    result = run("distill", tmp_path / "videos", "--teacher", "pqft", "--store", store, *SMALL)
+    assert_one_line(result, 1, "no videos in", ".mp4")
+    assert not store.exists()
+
+
+def test_missing_folder_and_missing_option(run: Run, tmp_path: Path) -> None:
+    result = run(
+        "distill", tmp_path / "nowhere", "--teacher", "pqft", "--store", tmp_path / "t.zarr"
+    )
+    assert_one_line(result, 2, "nowhere", "does not exist")
+    assert_one_line(run("distill", tmp_path, "--teacher", "pqft"), 2, "Missing option '--store'")
+    assert_one_line(run("train", "--out", tmp_path / "run"), 2, "Missing option '--store'")
+    assert_one_line(
+        run("distill", tmp_path, "--teacher", "hd3s", "--store", "t"), 2, "hd3s", "pqft"
+    )
+
+
+@pytest.mark.parametrize("size", ["192", "192x", "x", "0x64", "-3x4", "axb"])
+def test_size_that_is_none(run: Run, tmp_path: Path, size: str) -> None:
+    result = run("distill", tmp_path, "--teacher", "pqft", "--store", "t", "--size", size)
+    assert_one_line(result, 2, size, "192x256")
+
+
+def test_size_that_does_not_fit_the_network(run: Run, video_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "t.zarr"
+    arguments = ("distill", video_folder, "--teacher", "pqft", "--store", store)
+    assert_one_line(run(*arguments, "--size", "100x100"), 1, "multiples of 16", "100x100")
+    assert not store.exists()
+    assert run(*arguments, *SMALL).exit_code == 0
+    result = run("train", "--store", store, "--out", tmp_path / "run", "--size", "100x100")
+    assert_one_line(result, 1, "height must be a positive multiple of 32, got 100")
+    assert not (tmp_path / "run").exists()
+
+
+def test_store_of_another_format_version(run: Run, video_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "t.zarr"
+    arguments = ("distill", video_folder, "--teacher", "pqft", "--store", store, *SMALL)
+    assert run(*arguments).exit_code == 0
+    metadata = json.loads((store / "zarr.json").read_text())
+    metadata["attributes"]["version"] = 7
+    (store / "zarr.json").write_text(json.dumps(metadata))
+    assert_one_line(run(*arguments), 1, "format version 7", "reads version 1")
+    result = run("train", "--store", store, "--out", tmp_path / "run")
+    assert_one_line(result, 1, "format version 7")
+
+
+def test_folder_that_is_no_store(run: Run, video_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear reader")
+    result = run("distill", video_folder, "--teacher", "pqft", "--store", tmp_path / "mine", *SMALL)
+    assert_one_line(result, 1, "not a target store")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_checkpoint_that_does_not_fit(run: Run, video_folder: Path, tmp_path: Path) -> None:
+    store, out = tmp_path / "t.zarr", tmp_path / "run"
+    run("distill", video_folder, "--teacher", "pqft", "--store", store, *SMALL)
+    train = ("train", "--store", store, "--out", out, *TRAIN_SMALL)
+    assert run(*train).exit_code == 0
+    assert_one_line(run(*train, "--seed", "4"), 1, "another configuration", "seed was 0, is 4")
+    (out / "last.pt").write_bytes(b"half a checkpoint")
+    assert_one_line(run(*train), 1, "last.pt is not a checkpoint, or is damaged")
+
+
+def test_videos_that_are_gone(run: Run, make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "videos" / "a.avi", frames=40)
+    store = tmp_path / "t.zarr"
+    run("distill", tmp_path / "videos", "--teacher", "pqft", "--store", store, *SMALL)
+    shutil.rmtree(tmp_path / "videos")
+    result = run("train", "--store", store, "--out", tmp_path / "run", *TRAIN_SMALL)
+    assert_one_line(result, 1, "a.avi is not there", "--videos-root")
+    assert not (tmp_path / "run").exists()
+
+
+def test_our_own_mistakes_are_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("distill.demo.run_demo", fail)
+    assert isinstance(run("demo").exception, ZeroDivisionError)
