@@ -190,7 +190,7 @@ def _score_and_draw(
 @torch.inference_mode()
 def _maps_of(
     model: TinyHD, batches: Iterator[Batch], labels: LabelSet
-) -> dict[ClipKey, tuple[Map, Map]]:
+) -> dict[tuple[str, int], tuple[Map, Map]]:
     """Return the saliency maps of teacher and student for each clip's newest frame."""
     layout = labels.layout
     size = {"height": model.config.height, "width": model.config.width}
@@ -199,15 +199,15 @@ def _maps_of(
         teacher = render_maps(batch.planes, layout, [layout.saliency], **size)[layout.saliency]
         student = model(normalise_frames(batch.frames)).saliency[:, 0]
         for key, *pair in zip(batch.keys, teacher.numpy(), student.numpy(), strict=True):
-            maps[key] = (pair[0], pair[1])
+            maps[key.video, key.last] = (pair[0], pair[1])
     return maps
 
 
-def _draw(out: Path, labels: LabelSet, maps: dict[ClipKey, tuple[Map, Map]]) -> None:
+def _draw(out: Path, labels: LabelSet, maps: dict[tuple[str, int], tuple[Map, Map]]) -> None:
     """Write the contact sheet and the overlay video of the held-out frames."""
     videos: dict[str, list[int]] = {}
-    for key in maps:
-        videos.setdefault(key.video, []).append(key.last)
+    for video, last in maps:
+        videos.setdefault(video, []).append(last)
     rows, captions = [], []
     for video, lasts in videos.items():
         shown = [
@@ -215,9 +215,9 @@ def _draw(out: Path, labels: LabelSet, maps: dict[ClipKey, tuple[Map, Map]]) -> 
             for i in range(SHEET_ROWS_PER_VIDEO)
         ]
         for last, frame in _native_frames(labels, video, shown):
-            size = frame.shape[0], frame.shape[1]
-            coloured = [colour_map(resize_map(m, *size)) for m in maps[ClipKey(video, last)]]
-            rows.append([fit_picture(picture, *PANEL) for picture in (frame, *coloured)])
+            height, width = round(PANEL[1] * frame.shape[0] / frame.shape[1]), PANEL[1]
+            coloured = [colour_map(resize_map(m, height, width)) for m in maps[video, last]]
+            rows.append([fit_picture(frame, height, width), *coloured])
             captions.append(f"{video}, frame {last}")
     titles = ("frame", f"teacher ({TEACHER})", f"student ({VARIANT})")
     save_picture(out / "contact_sheet.png", contact_sheet(rows, titles=titles, captions=captions))
@@ -225,7 +225,7 @@ def _draw(out: Path, labels: LabelSet, maps: dict[ClipKey, tuple[Map, Map]]) -> 
     def panels() -> Iterator[Picture]:
         for video, lasts in videos.items():
             for last, frame in _native_frames(labels, video, lasts):
-                overlays = [overlay_map(frame, m) for m in maps[ClipKey(video, last)]]
+                overlays = [overlay_map(frame, m) for m in maps[video, last]]
                 row = [fit_picture(picture, *PANEL) for picture in (frame, *overlays)]
                 yield contact_sheet([row], titles=titles, captions=[f"{video}, frame {last}"])
 

@@ -22,7 +22,7 @@ HALVE = Temporal(3, 2, 1)
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block with a 3-D depthwise convolution (TinyHD, sec. 3.1).
+    """MobileNetV2's block with a 3-D depthwise convolution (Hu et al., WACV 2023).
 
     A 1x1x1 convolution widens the features, a depthwise one mixes space and time, a 1x1x1 one
     projects them to ``out_channels`` without an activation.

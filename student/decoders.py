@@ -1,4 +1,4 @@
-"""The student's three decoders, each reading the four levels in its own way (TinyHD, sec. 3.2)."""
+"""The three decoders, each reading the levels in its own way (Hu et al., WACV 2023)."""
 
 from __future__ import annotations
 

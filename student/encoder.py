@@ -53,7 +53,7 @@ def level_channels(channel_reduction: int) -> tuple[int, ...]:
 
 
 class Encoder(nn.Module):
-    """See a clip at four resolutions (TinyHD, sec. 3.1).
+    """See a clip at four resolutions (Hu et al., WACV 2023).
 
     Args:
         channel_reduction: Divisor of every channel count but the clip's three.

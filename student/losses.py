@@ -55,7 +55,7 @@ def wanted_maps(layout: MapLayout, weights: LossWeights) -> list[str]:
 def distillation_loss(
     output: StudentOutput, targets: Mapping[str, Tensor], layout: MapLayout, weights: LossWeights
 ) -> Losses:
-    """Compare a batch with its soft targets (TinyHD, eq. 1-3).
+    """Compare a batch with its soft targets (Hu et al., WACV 2023).
 
     Each term is the mean over the maps of a batch; a target that is zero everywhere says nothing
     and is left out.

@@ -57,25 +57,28 @@ def fit_picture(picture: Picture, height: int, width: int) -> Picture:
 def contact_sheet(
     rows: Sequence[Sequence[Picture]], *, titles: Sequence[str], captions: Sequence[str]
 ) -> Picture:
-    """Put pictures of equal size into a table.
+    """Put pictures into a table; all have one width, and those of a row one height.
 
     Args:
         rows: Pictures from left to right, row by row.
         titles: One above each column.
-        captions: One at the beginning of each row, below its pictures.
+        captions: One below each row.
     """
-    height, width = rows[0][0].shape[:2]
-    sheet_size = (width * len(titles), CAPTION_HEIGHT + (height + CAPTION_HEIGHT) * len(rows))
-    sheet = Image.new("RGB", sheet_size)
+    width = rows[0][0].shape[1]
+    heights = [row[0].shape[0] for row in rows]
+    total = CAPTION_HEIGHT + sum(height + CAPTION_HEIGHT for height in heights)
+    sheet = Image.new("RGB", (width * len(titles), total))
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
     for column, title in enumerate(titles):
         draw.text((column * width + 6, 3), title, fill="white", font=font)
-    for index, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        top = CAPTION_HEIGHT + (height + CAPTION_HEIGHT) * index
+    top = CAPTION_HEIGHT
+    for row, height, caption in zip(rows, heights, captions, strict=True):
         for column, picture in enumerate(row):
             sheet.paste(Image.fromarray(picture), (column * width, top))
-        draw.text((6, top + height + 3), caption, fill="white", font=font)
+        top += height
+        draw.text((6, top + 3), caption, fill="white", font=font)
+        top += CAPTION_HEIGHT
     return np.asarray(sheet)
 
 

@@ -25,7 +25,7 @@ from teachers.base import Teacher, TeacherSpec
 LEVELS: Final = ("fine", "medium", "coarse", "coarsest")
 """Hierarchical maps, at 1/2, 1/4, 1/8 and 1/16 of the input size."""
 MOTION_LAG: Final = 3
-"""Frames between the two whose difference is the motion channel (Guo & Zhang, eq. 8)."""
+"""Frames between the two whose difference is the motion channel."""
 BLUR_SIGMA: Final = 2.0
 """Standard deviation of the Gaussian on each level's map, in that level's pixels."""
 TINY: Final = 1e-8
@@ -114,7 +114,7 @@ def _intensity(frames: Tensor) -> Tensor:
 
 
 def _channels(frames: Tensor) -> Tensor:
-    """Intensity, red-green and blue-yellow opponents, ``(B, 3, H, W)`` (Guo & Zhang, eq. 1-7)."""
+    """Intensity, red-green and blue-yellow opponents, ``(B, 3, H, W)``."""
     r, g, b = frames.unbind(1)
     red, green, blue = r - (g + b) / 2, g - (r + b) / 2, b - (r + g) / 2
     yellow = (r + g) / 2 - (r - g).abs() / 2 - b
@@ -127,7 +127,7 @@ def _phase_only(
     """Squared norm of the quaternion picture that has its phase spectrum and a flat amplitude.
 
     The quaternion motion + red_green i + blue_yellow j + intensity k is (motion + red_green i) +
-    (blue_yellow + intensity i) j: two complex pictures, so two ordinary transforms (eq. 9-17).
+    (blue_yellow + intensity i) j: two complex pictures, so two ordinary transforms.
     """
     first = torch.fft.fft2(torch.complex(motion, red_green))
     second = torch.fft.fft2(torch.complex(blue_yellow, intensity))

@@ -108,8 +108,8 @@ def test_windows_reach_back_over_shard_borders(tmp_path: Path, record: VideoReco
     short, long = (label_set(tmp_path / f"{n}.zarr", record, shard_frames=n) for n in (8, 256))
     run(short, MeanTeacher(), tuple(range(9)))
     run(long, MeanTeacher(), (0,))
-    planes = [labels.read("long", 0, 70)["maps_1x5"] for labels in (short, long)]
-    np.testing.assert_allclose(*planes, atol=1 / 32)
+    found, expected = (labels.read("long", 0, 70)["maps_1x5"] for labels in (short, long))
+    np.testing.assert_allclose(found, expected, atol=1 / 32)
 
 
 def test_other_length_than_planned_is_an_error(
