@@ -92,10 +92,11 @@ def label_videos(paths: Sequence[Path], store: Path, settings: DistillSettings) 
     files = find_videos(paths)
     known = TargetStore.open(store) if store.exists() else None
     records, failures = probe_videos(files, known, reader=settings.reader)
+    if not records:
+        more = f" ({len(failures) - 1} more videos failed too)" if len(failures) > 1 else ""
+        raise VideoError(failures[0].reason + more)
     for failure in failures:
         log.warning("skipped %s: %s", failure.video, failure.reason)
-    if not records:
-        raise VideoError(f"none of the {len(files)} videos can be decoded: {failures[0].reason}")
     target = TargetStore.open_or_create(store)
     with target.writer():
         return _label_records(target, records, failures, teacher, request, settings)
@@ -127,7 +128,7 @@ def _label_records(
         worker = WorkerSettings(
             store=store.path.resolve(),
             labels=labels.name,
-            frames=settings.with_frames,
+            frames=frames.name if frames is not None else None,
             teacher=settings.teacher,
             size=settings.size,
             reader=settings.reader,

@@ -24,8 +24,8 @@ class WorkerSettings:
     store: Path
     labels: str
     """Name of the label set."""
-    frames: tuple[int, int] | None
-    """Height and width of the frame set to fill, if any."""
+    frames: str | None
+    """Name of the frame set, if one is to be filled too."""
     teacher: str
     size: tuple[int, int] | None
     reader: Reader
@@ -46,8 +46,7 @@ class LabelWorker:
         self._labels: LabelSet = store.label_set(settings.labels)
         self._frames: FrameSet | None = None
         if settings.frames is not None:
-            height, width = settings.frames
-            self._frames = store.frame_set(height=height, width=width)
+            self._frames = store.frame_set(settings.frames)
 
     def run(self, task: Task) -> Iterator[Event]:
         """Do a task; a video that cannot be labelled ends in a failure, not in an exception."""

@@ -82,6 +82,11 @@ class ShardSet:
         """Return whether a shard has a receipt."""
         return shard < len(self._has_receipt) and bool(self._has_receipt[shard])
 
+    @property
+    def num_committed(self) -> int:
+        """Shards that have a receipt."""
+        return int(self._has_receipt.sum())
+
     def coverage(self, video: VideoRow) -> list[range]:
         """Return the spans of a video's frames that are there, in order and as long as can be."""
         spans: list[range] = []

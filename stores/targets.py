@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,8 @@ class TargetStore:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise NotATargetStoreError(f"{path} is there already and is no target store")
         # Made beside its place and then renamed, so that a store is there whole or not at all.
+        for leftover in path.parent.glob(f".{path.name}.*.partial"):
+            shutil.rmtree(leftover)
         building = path.with_name(f".{path.name}.{os.getpid()}.partial")
         attributes = {"format": schema.FORMAT, "version": schema.VERSION}
         group = zarr.create_group(building, attributes=attributes)
@@ -219,10 +222,19 @@ class TargetStore:
         """
         return LabelSet(self, self._find_group("labels", name))
 
-    def frame_set(self, *, height: int, width: int) -> FrameSet | None:
-        """Open the frame set of a size, or return nothing if there is none."""
-        groups = [g for n, g in self._groups("frames") if n.startswith(f"rgb-{height}x{width}-")]
-        return FrameSet(self, groups[-1]) if groups else None
+    def frame_set(self, name: str) -> FrameSet:
+        """Open a frame set by its name or the beginning of it.
+
+        Raises:
+            LabelSetNotFoundError: If none or several match.
+        """
+        return FrameSet(self, self._find_group("frames", name))
+
+    def find_frame_set(self, *, height: int, width: int) -> FrameSet | None:
+        """Return the fullest frame set of a size, or nothing if there is none."""
+        sets = [FrameSet(self, group) for _, group in self._groups("frames")]
+        fitting = [frames for frames in sets if (frames.height, frames.width) == (height, width)]
+        return max(fitting, key=lambda frames: frames.num_committed, default=None)
 
     def log_run(self, **entry: Any) -> None:  # noqa: ANN401 - any JSON value
         """Add a line to the store's log of runs, which is not part of its content."""
@@ -311,7 +323,7 @@ class TargetStore:
         if len(matches) == 1:
             return matches[0]
         there = ", ".join(n for n, _ in groups) or "none at all"
-        wanted = "one label set is needed" if name is None else f"{name!r} was asked for"
+        wanted = f"one of {folder} is needed" if name is None else f"{name!r} was asked for"
         raise LabelSetNotFoundError(f"{self.path}: {wanted}, there are: {there}")
 
 

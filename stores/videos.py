@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ Frame = npt.NDArray[np.uint8]
 """A decoded frame, ``(height, width, 3)`` RGB."""
 
 Reader = Literal["pyav", "skvideo"]
-READERS: Final = get_args(Reader)
 VIDEO_SUFFIXES: Final = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v")
 
 

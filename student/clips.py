@@ -176,7 +176,7 @@ class ClipDataset(
     def _open(self) -> tuple[TargetStore, LabelSet, FrameSet | None]:
         if self._opened is None:
             store = TargetStore.open(self._path)
-            frames = store.frame_set(height=self._height, width=self._width)
+            frames = store.find_frame_set(height=self._height, width=self._width)
             self._opened = (store, store.label_set(self._name), frames)
         return self._opened
 

@@ -166,7 +166,8 @@ def test_broken_video_among_good_ones_is_skipped(
 
 def test_only_broken_videos_leave_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
-    with pytest.raises(VideoError, match=r"none of the 1 videos can be decoded.*bad\.mp4"):
+    (tmp_path / "worse.mp4").write_bytes(b"")
+    with pytest.raises(VideoError, match=r"cannot open .*bad\.mp4.*1 more videos failed too"):
         label_videos([tmp_path], tmp_path / "targets.zarr", INLINE)
     assert not (tmp_path / "targets.zarr").exists()
 
@@ -212,7 +213,7 @@ def test_new_videos_and_frames_are_added_to_what_is_there(
     report = label_videos([videos], path, INLINE)
     assert (report.frames, report.shards) == (20, 2 + 4)  # labels of a; frames of both
     found = TargetStore.open(path)
-    frames = found.frame_set(height=32, width=32)
+    frames = found.find_frame_set(height=32, width=32)
     assert frames is not None
     assert all(not frames.missing(video) for video in found.videos)
 
@@ -295,10 +296,9 @@ def test_task_that_fails_three_times_is_given_up_and_the_rest_is_done(
 @pytest.mark.ray
 def test_teacher_that_cannot_be_made_is_reported(ray_executor: MakeExecutor) -> None:
     executor, tasks = ray_executor(size=(50, 50))
-    events = [event for event in executor.run(tasks) if event is not None]
-    reasons = [event.reason for event in events if isinstance(event, Failure)]
-    assert len(reasons) == len(events) == len(tasks)
-    assert all("multiples of 16" in reason for reason in reasons)
+    (event,) = [event for event in executor.run(tasks[:1]) if event is not None]
+    assert isinstance(event, Failure)
+    assert "multiples of 16" in event.reason
 
 
 @pytest.mark.ray

@@ -171,7 +171,7 @@ def test_black_frames_are_written_like_others(store: TargetStore) -> None:
     video = store.video("c")
     black = {"rgb_8x8": np.zeros((16, 8, 8, 3), np.uint8)}
     frames.commit([frames.write_shard(frames.shards(video)[0], black, video)])
-    found = TargetStore.open(store.path).frame_set(height=8, width=8)
+    found = TargetStore.open(store.path).find_frame_set(height=8, width=8)
     assert found is not None
     assert found.read("c", 0, 16).sum() == 0
 

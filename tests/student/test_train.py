@@ -63,40 +63,48 @@ def test_tensorboard_finds_the_loss_curve(labelled: Path, tmp_path: Path) -> Non
     assert scalars == pytest.approx({row["step"]: row["total"] for row in rows})
 
 
+STOPPED = replace(SMALL, epochs=2, clips_per_video=8)
+
+
+@pytest.fixture(scope="module")
+def whole_run(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(labelled, run, STOPPED)
+    return run
+
+
 @pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_run_continues_exactly(
-    labelled: Path, tmp_path: Path, killer: signal.Signals
+    labelled: Path, whole_run: Path, tmp_path: Path, killer: signal.Signals
 ) -> None:
     """A process is killed in the middle of an epoch; the rest is done by another."""
-    config = replace(SMALL, epochs=4, clips_per_video=6)
-    train(labelled, tmp_path / "whole", config)
     store, out = labelled, tmp_path / "cut"
     script = f"""
 import sys
 from pathlib import Path
 from student.config import build_config
 from student.train import TrainConfig, train
-config = TrainConfig(student=build_config("tinyhd-s-rc4", height=32, width=32), epochs=4,
-    clips_per_video=6, batch_size=3, learning_rate=0.05, holdout=0.3, validation_clips=2)
+config = TrainConfig(student=build_config("tinyhd-s-rc4", height=32, width=32), epochs=2,
+    clips_per_video=8, batch_size=3, learning_rate=0.05, holdout=0.3, validation_clips=2)
 state = train(Path({str(store)!r}), Path({str(out)!r}), config, checkpoint_seconds=0)
 sys.exit(0 if state.is_complete else 7)
 """
     process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
-    metrics = tmp_path / "cut" / "metrics.jsonl"
+    metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_text().count("training") < 6:
+    while not metrics.exists() or metrics.read_text().count("training") < 4:
         assert process.poll() is None, "the process ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, killer)
     assert process.wait(60) == (7 if killer == signal.SIGINT else -signal.SIGKILL)
-    step = read_checkpoint(tmp_path / "cut" / "last.pt")["step"]
-    assert 5 <= step < 24
+    step = read_checkpoint(out / "last.pt")["step"]
+    assert 3 <= step < 16
 
-    state = train(labelled, tmp_path / "cut", config)
+    state = train(labelled, out, STOPPED)
     assert state.is_complete
-    assert training_curve(tmp_path / "cut") == training_curve(tmp_path / "whole")
-    whole, cut = (read_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "cut"))
+    assert training_curve(out) == training_curve(whole_run)
+    whole, cut = (read_checkpoint(run / "last.pt") for run in (whole_run, out))
     for name, values in whole["weights"].items():
         assert torch.equal(values, cut["weights"][name]), name
     assert whole["best_kl"] == cut["best_kl"]
