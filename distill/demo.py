@@ -106,17 +106,19 @@ def run_demo(out: Path, config: TrainConfig = CONFIG) -> DemoReport | None:
     seconds = {}
     began = time.monotonic()
     settings = DistillSettings(teacher=TEACHER, with_frames=size)
-    log.info("%s", label_videos(sample_clips(), store, settings))
+    labelled = label_videos(sample_clips(), store, settings)
+    log.info("%s", labelled)
     seconds["distill"] = round(time.monotonic() - began, 1)
 
     began = time.monotonic()
-    state = train(store, run, config)
+    state = train(store, run, config, labels=labelled.label_set)
     seconds["train"] = round(time.monotonic() - began, 1)
     if not state.is_complete:
         return None
 
     began = time.monotonic()
-    report = _score_and_draw(out, store, run, config, state, seconds)
+    labels = TargetStore.open(store).label_set(labelled.label_set)
+    report = _score_and_draw(out, labels, run, config, state, seconds)
     seconds["score and draw"] = round(time.monotonic() - began, 1)
     _save_json(out / "report.json", asdict(report))
     return report
@@ -142,13 +144,13 @@ def sample_clips() -> list[Path]:
 
 def _score_and_draw(
     out: Path,
-    store: Path,
+    labels: LabelSet,
     run: Path,
     config: TrainConfig,
     state: TrainState,
     seconds: dict[str, float],
 ) -> DemoReport:
-    labels = TargetStore.open(store).label_set(TEACHER)
+    store = labels.store.path
     height, width = config.student.height, config.student.width
     dataset = ClipDataset(store, labels.name, height=height, width=width)
     held_out = [
@@ -234,7 +236,7 @@ def _draw(out: Path, labels: LabelSet, maps: dict[tuple[str, int], tuple[Map, Ma
 
 def _native_frames(labels: LabelSet, video: str, wanted: list[int]) -> Iterator[tuple[int, Frame]]:
     path = labels.store.video(video).absolute
-    frames = enumerate(islice(decode_video(path, threads=0), max(wanted) + 1))
+    frames = enumerate(islice(decode_video(path), max(wanted) + 1))
     return ((index, frame) for index, frame in frames if index in wanted)
 
 

@@ -43,7 +43,10 @@ class InlineExecutor:
         try:
             worker = LabelWorker(self._settings)  # sets its own number of threads
             for task in tasks:
-                yield from worker.run(task)
+                try:
+                    yield from worker.run(task)
+                except Exception as error:  # as an actor may fail in any way, and others go on
+                    yield Failure(task.video.id, _last_line(error))
         finally:
             torch.set_num_threads(threads)
 
@@ -131,7 +134,7 @@ class RayExecutor:
     def _try_again(
         self, attempt: _Attempt, waiting: deque[_Attempt], error: Exception
     ) -> Iterator[Failure]:
-        reason = str(error).strip().splitlines()[-1]
+        reason = _last_line(error)
         if attempt.tries < TRIES:
             log.warning("%s: try %d failed: %s", attempt.task.video.id, attempt.tries, reason)
             waiting.append(attempt)
@@ -148,13 +151,23 @@ class RayExecutor:
         import ray
 
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        most = max(1, cpus // self._cpus)
+        if self._cpus > cpus:
+            raise ValueError(
+                f"an actor with {self._cpus} CPUs does not fit into {cpus}; "
+                f"use --cpus-per-actor {cpus} or less"
+            )
+        most = cpus // self._cpus
         if self._actors is not None and self._actors > most:
             raise ValueError(
                 f"{self._actors} actors with {self._cpus} CPUs each do not fit into {cpus} CPUs; "
                 f"use --actors {most}"
             )
         return min(self._actors or most, num_tasks)
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def start_ray(address: str | None) -> None:

@@ -16,7 +16,7 @@ from distill.plan import Task
 from stores.errors import VideoError
 from stores.frames import resize_frames
 from stores.shards import FrameSet, LabelSet, Receipt, ShardSet, VideoRow
-from stores.videos import Frame, Reader, decode_video
+from stores.videos import Frame, Reader, decode_video, hash_video
 from teachers.base import Teacher
 
 READ_AHEAD_FRAMES: Final = 32
@@ -170,18 +170,21 @@ def label_video(
     ]
     if frames is not None:
         fillers.append(FrameFiller(frames, video, task.frame_shards))
+    if hash_video(video.absolute) != video.content_hash:
+        raise VideoError(f"{video.absolute} has changed since it was probed; start again")
     count = 0
     with closing(_read_ahead(decode_video(video.absolute, reader=reader))) as decoded:
         for index, frame in enumerate(decoded):
             count = index + 1
             for filler in fillers:
                 yield from filler.feed(index, frame)
-            if all(filler.is_done for filler in fillers):
+            if all(filler.is_done for filler in fillers) and count < video.frames:
                 return
-    raise VideoError(
-        f"{video.absolute} gave {count} frames, but {video.frames} when it was probed; "
-        "was it changed meanwhile?"
-    )
+    if count != video.frames:
+        raise VideoError(
+            f"{video.absolute} gave {count} frames, but {video.frames} when it was probed; "
+            "was it changed meanwhile?"
+        )
 
 
 def _read_ahead(frames: Iterable[Frame]) -> Generator[Frame]:

@@ -59,8 +59,10 @@ def probe_videos(
     with Progress(len(files), unit="videos", label="probing") as progress:
         for file in files:
             try:
+                if _as_text(file.path) != file.path:
+                    raise VideoError(f"the name {file.path!a} is not text; rename the file")
                 digest = hash_video(file.absolute)
-                known = store.frames_of(digest) if store is not None else None
+                known = store.find_content(digest) if store is not None else None
                 if known is None:
                     records.append(probe_video(file, content_hash=digest, reader=reader))
                 else:
@@ -76,7 +78,7 @@ def probe_videos(
                     )
                     records.append(record)
             except VideoError as error:
-                failures.append(Failure(file.id, str(error)))
+                failures.append(Failure(_as_text(file.id), _as_text(str(error))))
             progress.advance()
     return records, failures
 
@@ -94,3 +96,8 @@ def plan_tasks(videos: Iterable[VideoRow], labels: LabelSet, frames: FrameSet | 
     missing = [task for task in tasks.values() if not task.is_empty]
     # The longest first, so that none is left over when the others are done; then as in the store.
     return sorted(missing, key=lambda task: (-len(task.label_shards), task.video.first))
+
+
+def _as_text(name: str) -> str:
+    """Replace what a file name holds that is no text in any encoding."""
+    return name.encode("utf-8", "replace").decode()

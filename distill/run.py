@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -90,7 +90,7 @@ def label_videos(paths: Sequence[Path], store: Path, settings: DistillSettings) 
     teacher = build(settings.teacher, size=settings.size)
     request = _label_request(teacher, settings)
     files = find_videos(paths)
-    known = TargetStore.open(store) if store.exists() else None
+    known = TargetStore.open_if_there(store)
     records, failures = probe_videos(files, known, reader=settings.reader)
     if not records:
         more = f" ({len(failures) - 1} more videos failed too)" if len(failures) > 1 else ""
@@ -98,12 +98,13 @@ def label_videos(paths: Sequence[Path], store: Path, settings: DistillSettings) 
     for failure in failures:
         log.warning("skipped %s: %s", failure.video, failure.reason)
     target = TargetStore.open_or_create(store)
-    with target.writer():
-        return _label_records(target, records, failures, teacher, request, settings)
+    with target.writer() as token:
+        return _label_records(target, token, records, failures, teacher, request, settings)
 
 
 def _label_records(
     store: TargetStore,
+    token: str,
     records: Sequence[VideoRecord],
     failures: list[Failure],
     teacher: Teacher,
@@ -127,6 +128,7 @@ def _label_records(
     if tasks:
         worker = WorkerSettings(
             store=store.path.resolve(),
+            token=token,
             labels=labels.name,
             frames=frames.name if frames is not None else None,
             teacher=settings.teacher,
@@ -161,7 +163,10 @@ def _add_records(
         else:
             fitting.append(record)
     store.add_videos(fitting)
-    return [store.video(record.id) for record in fitting]
+    # Where the videos lie now may not be where they lay when the store first saw them.
+    return [
+        replace(store.video(record.id), root=record.root, path=record.path) for record in fitting
+    ]
 
 
 def _run_tasks(
@@ -241,6 +246,7 @@ def _label_request(teacher: Teacher, settings: DistillSettings) -> LabelRequest:
         teacher=teacher.spec.name,
         provenance=provenance,
         layout=teacher.spec.layout,
+        description=teacher.spec.description,
         grid_step=settings.grid_step,
         shard_frames=settings.shard_frames,
     )

@@ -22,6 +22,8 @@ class WorkerSettings:
     """What a worker needs to know; it travels to other processes and machines."""
 
     store: Path
+    token: str
+    """Of the driver; a worker writes only as long as this driver has the store."""
     labels: str
     """Name of the label set."""
     frames: str | None
@@ -44,9 +46,11 @@ class LabelWorker:
         self._teacher = build(settings.teacher, size=settings.size)
         store = TargetStore.open(settings.store, mode="r+")
         self._labels: LabelSet = store.label_set(settings.labels)
+        self._labels.write_only_for(settings.token)
         self._frames: FrameSet | None = None
         if settings.frames is not None:
             self._frames = store.frame_set(settings.frames)
+            self._frames.write_only_for(settings.token)
 
     def run(self, task: Task) -> Iterator[Event]:
         """Do a task; a video that cannot be labelled ends in a failure, not in an exception."""

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+RESIZE_VERSION: Final = 1
+"""Raised whenever the same frame would give other pixels."""
 RESIZE_RULE: Final = "bilinear, half-pixel centres, no antialias, aspect not kept, rounded to uint8"
 
 

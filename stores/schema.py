@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Literal
 
 from stores.codec import GRID_STEP, grid_codecs, kl_error_bound, logit_error_bound
-from stores.frames import RESIZE_RULE
+from stores.frames import RESIZE_RULE, RESIZE_VERSION
 from stores.maps import MapLayout
 
 FORMAT: Final = "tinyhd-targets"
@@ -39,6 +39,8 @@ VIDEO_COLUMNS: Final[Mapping[str, tuple[str, Any]]] = {  # name -> Zarr type, fi
     "first": ("int64", -1),
 }
 """Columns of ``videos/`` in the order they are written: a row with a ``first`` is complete."""
+LIVE: Final = -1
+"""``superseded_by`` of a row that counts; -2 marks a dropped one, others name their successor."""
 
 Variant = Literal["identity", "hflip"]
 
@@ -66,6 +68,8 @@ class LabelRequest:
     provenance: Mapping[str, Any]
     """What decides the values beside the fields here: weights, preprocessing, window, decoder."""
     layout: MapLayout
+    description: Mapping[str, str] = field(default_factory=dict)
+    """What is good to know but decides nothing: paper, licence, rules in words."""
     variant: Variant = "identity"
     """``hflip``: the teacher saw mirrored frames; maps are in the mirrored frame's coordinates."""
     grid_step: float = GRID_STEP
@@ -97,7 +101,12 @@ class LabelRequest:
             "logit": logit_error_bound(self.grid_step),
             "kl_nats": kl_error_bound(self.grid_step),
         }
-        return {**self.identity, "fingerprint": fingerprint(self.identity), "error_bounds": bounds}
+        return {
+            **self.identity,
+            "fingerprint": fingerprint(self.identity),
+            "error_bounds": bounds,
+            "description": dict(self.description),
+        }
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
@@ -127,7 +136,6 @@ class FrameRequest:
     width: int
     decoder: Mapping[str, str]
     shard_frames: int = FRAME_ALIGNMENT
-    resize_rule: str = field(default=RESIZE_RULE)
 
     def __post_init__(self) -> None:
         _check_shard_frames(self.shard_frames)
@@ -141,7 +149,7 @@ class FrameRequest:
             "height": self.height,
             "width": self.width,
             "decoder": dict(self.decoder),
-            "resize_rule": self.resize_rule,
+            "resize_version": RESIZE_VERSION,
             "shard_frames": self.shard_frames,
         }
 
@@ -152,7 +160,11 @@ class FrameRequest:
     @property
     def attributes(self) -> dict[str, Any]:
         """Attributes of the frame set's group."""
-        return {**self.identity, "fingerprint": fingerprint(self.identity)}
+        return {
+            **self.identity,
+            "fingerprint": fingerprint(self.identity),
+            "description": {"resize_rule": RESIZE_RULE},
+        }
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:

@@ -15,7 +15,7 @@ import zarr
 
 from stores import schema
 from stores.codec import check_planes
-from stores.errors import TargetStoreError, VideoNotLabelledError
+from stores.errors import StoreBusyError, TargetStoreError, VideoNotLabelledError
 from stores.maps import MapLayout
 from stores.videos import VideoRecord
 
@@ -50,6 +50,8 @@ class ShardSet:
             self.fingerprint = str(self.attributes["fingerprint"])
             self.shard_frames = int(self.attributes["shard_frames"])
             self.array_names = [str(name) for name in self.attributes["arrays"]]
+            if self.shard_frames < 1:
+                raise ValueError(f"shard_frames is {self.shard_frames}")
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(store, group, error) from error
         self._group = group
@@ -57,11 +59,22 @@ class ShardSet:
         with zarr.config.set({"array.write_empty_chunks": True}):
             self._arrays = {name: array_in(group, name) for name in self.array_names}
         self._receipts = array_in(group, "receipts")
+        self._token: str | None = None
+        self._found: set[int] = set()
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the receipts again."""
-        self._committed = np.asarray(self._receipts[:])
+        """Read the receipts again.
+
+        Raises:
+            TargetStoreError: If they are damaged.
+        """
+        try:
+            self._committed = np.asarray(self._receipts[:])
+        except Exception as error:  # damaged chunks make a codec fail in any way
+            raise TargetStoreError(
+                f"the receipts of {self.name} in {self.store.path} are damaged: {error}"
+            ) from error
         self._has_receipt: npt.NDArray[np.bool_] = np.any(self._committed, axis=(1, 2))
 
     def shards(self, video: VideoRow) -> range:
@@ -111,8 +124,11 @@ class ShardSet:
 
         Raises:
             TargetValueError: If a value cannot be stored.
+            StoreBusyError: If another driver has taken over the store.
             ValueError: If arrays or frames are missing.
         """
+        if self._token is not None and token_path(self.store.path).read_text() != self._token:
+            raise StoreBusyError(f"another process has taken over {self.store.path}")
         span = self.frames_of(shard, video)
         if set(data) != set(self.array_names):
             raise ValueError(f"shard of {self.name} needs {self.array_names}, got {sorted(data)}")
@@ -129,6 +145,10 @@ class ShardSet:
             self._arrays[name][rows] = values
             digests.append(_flush_and_hash(self._object_path(name, shard)))
         return Receipt(shard, tuple(digests))
+
+    def write_only_for(self, token: str) -> None:
+        """Refuse to write as soon as another driver than that of ``token`` has the store."""
+        self._token = token
 
     def commit(self, receipts: Iterable[Receipt]) -> None:
         """Make shards readable; only the store's driver does it."""
@@ -148,6 +168,7 @@ class ShardSet:
         Raises:
             VideoNotLabelledError: If a frame of the span is outside the video or in a shard
                 without a receipt.
+            TargetStoreError: If a shard that has a receipt is gone or damaged.
         """
         if not 0 <= start < stop <= video.frames:
             raise VideoNotLabelledError(
@@ -160,7 +181,20 @@ class ShardSet:
                 f"frames {start}-{stop} of {video.id!r} are not in {self.name} of "
                 f"{self.store.path}; add them with: tinyhd distill VIDEOS --store {self.store.path}"
             )
-        return {name: np.asarray(array[first:last]) for name, array in self._arrays.items()}
+        for shard in set(shards) - self._found:
+            for name in self.array_names:
+                if not (path := self._object_path(name, shard)).is_file():
+                    raise TargetStoreError(
+                        f"{path} is gone, though its receipt is there; restore the store"
+                    )
+            self._found.add(shard)
+        try:
+            return {name: np.asarray(array[first:last]) for name, array in self._arrays.items()}
+        except Exception as error:  # damaged chunks make a codec fail in any way
+            raise TargetStoreError(
+                f"frames {start}-{stop} of {video.id!r} in {self.name} of {self.store.path} are "
+                f"damaged ({error}); restore the store"
+            ) from error
 
     def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
         """Refuse values that the arrays cannot hold."""
@@ -224,6 +258,11 @@ class FrameSet(ShardSet):
             VideoNotLabelledError: If a frame of the span is not kept.
         """
         return self.read_arrays(self.store.video(video), start, stop)[self.array_names[0]]
+
+
+def token_path(store: Path) -> Path:
+    """Return the file that names the driver that has a store."""
+    return store / "runs" / "driver"
 
 
 def array_in(group: zarr.Group, name: str) -> zarr.Array[Any]:

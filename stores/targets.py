@@ -6,17 +6,17 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 from filelock import FileLock, Timeout
-from zarr.errors import GroupNotFoundError, NodeTypeValidationError
 
 from stores import schema
 from stores.codec import silence_codec_remark
@@ -25,13 +25,13 @@ from stores.errors import (
     LabelSetNotFoundError,
     NotATargetStoreError,
     StoreBusyError,
+    TargetStoreError,
     VideoChangedError,
     VideoNotFoundError,
 )
-from stores.shards import FrameSet, LabelSet, VideoRow, array_in, group_in
+from stores.shards import FrameSet, LabelSet, VideoRow, array_in, group_in, token_path
 from stores.videos import VideoRecord
 
-NO_RECEIPT: Final = bytes(schema.DIGEST_BYTES)
 Mode = Literal["r", "r+"]
 
 
@@ -60,9 +60,9 @@ class TargetStore:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise NotATargetStoreError(f"{path} is there already and is no target store")
         # Made beside its place and then renamed, so that a store is there whole or not at all.
-        for leftover in path.parent.glob(f".{path.name}.*.partial"):
-            shutil.rmtree(leftover)
         building = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        if building.exists():  # of a killed process that had this number
+            shutil.rmtree(building)
         attributes = {"format": schema.FORMAT, "version": schema.VERSION}
         group = zarr.create_group(building, attributes=attributes)
         videos = group.create_group("videos")
@@ -78,7 +78,10 @@ class TargetStore:
             )
         for folder in ("labels", "frames", "runs"):
             group.create_group(folder)
-        building.rename(path)
+        try:
+            building.rename(path)
+        except OSError:  # another process was faster
+            shutil.rmtree(building)
         return cls.open(path, mode="r+")
 
     @classmethod
@@ -97,7 +100,7 @@ class TargetStore:
             )
         try:
             group = zarr.open_group(path, mode=mode, zarr_format=3)
-        except (GroupNotFoundError, NodeTypeValidationError, ValueError, OSError) as error:
+        except Exception as error:  # zarr fails in any way on metadata that is not its own
             raise NotATargetStoreError(f"{path} is not a target store") from error
         if group.attrs.get("format") != schema.FORMAT:
             raise NotATargetStoreError(f"{path} is a Zarr group, but not a target store")
@@ -106,18 +109,32 @@ class TargetStore:
                 f"{path} has format version {version}, this program reads version "
                 f"{schema.VERSION}; use the tinyhd release that wrote it, or a newer one"
             )
-        return cls(path, group)
+        try:
+            return cls(path, group)
+        except TargetStoreError:
+            raise
+        except Exception as error:  # damaged chunks make a codec fail in any way
+            raise TargetStoreError(f"the table of videos in {path} is damaged: {error}") from error
+
+    @classmethod
+    def open_if_there(cls, path: Path, *, mode: Mode = "r") -> TargetStore | None:
+        """Open a store, or return nothing if there is only an empty folder or less."""
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return None
+        return cls.open(path, mode=mode)
 
     @classmethod
     def open_or_create(cls, path: Path) -> TargetStore:
         """Open a store for writing; make it if there is none."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            return cls.open(path, mode="r+")
-        return cls.create(path)
+        return cls.open_if_there(path, mode="r+") or cls.create(path)
 
     @contextmanager
-    def writer(self) -> Iterator[None]:
+    def writer(self) -> Iterator[str]:
         """Be the store's one driver, and tidy up after one that was killed.
+
+        Yields:
+            A token for :meth:`ShardSet.write_only_for`: workers of a driver that was killed stop
+            writing when the next one takes over.
 
         Raises:
             StoreBusyError: If another process is the driver.
@@ -130,10 +147,12 @@ class TargetStore:
                 f"{self.path} is being written by another process; wait for it or stop it"
             ) from error
         with lock:
+            token = uuid.uuid4().hex
+            token_path(self.path).write_text(token)
             for leftover in self.path.rglob("*.partial"):
                 leftover.unlink(missing_ok=True)
             self.refresh()
-            yield
+            yield token
 
     def refresh(self) -> None:
         """Read the table of videos again."""
@@ -151,9 +170,10 @@ class TargetStore:
             superseded_by = plain.pop("superseded_by")
             video = VideoRow(**plain)
             self._num_frames = max(self._num_frames, video.first + _aligned(video.frames))
-            if superseded_by < 0:
+            if superseded_by == schema.LIVE:
                 self.videos.append(video)
         self._by_id = {video.id: video for video in self.videos}
+        self._by_content = {video.content_hash: video for video in self.videos}
 
     def video(self, video_id: str) -> VideoRow:
         """Return the row of a video.
@@ -169,9 +189,9 @@ class TargetStore:
         """Return the row of a video, or nothing if the store does not know it."""
         return self._by_id.get(video_id)
 
-    def frames_of(self, content_hash: bytes) -> VideoRow | None:
+    def find_content(self, content_hash: bytes) -> VideoRow | None:
         """Return a row with the given content, under whatever id."""
-        return next((row for row in self.videos if row.content_hash == content_hash), None)
+        return self._by_content.get(content_hash)
 
     def add_videos(self, records: Sequence[VideoRecord]) -> None:
         """Append rows for videos that the store does not know; known ones are passed over.
@@ -243,11 +263,6 @@ class TargetStore:
             file.write(line + "\n")
 
     @property
-    def num_frames(self) -> int:
-        """Length of the frame axis."""
-        return self._num_frames
-
-    @property
     def _video_table(self) -> Mapping[str, Any]:
         group = group_in(self._group, "videos")
         return {name: array_in(group, name) for name in schema.VIDEO_COLUMNS}
@@ -258,7 +273,7 @@ class TargetStore:
             array.resize((stop, *array.shape[1:]))
             values: npt.NDArray[Any]
             if name == "superseded_by":
-                values = np.full(len(rows), -1)
+                values = np.full(len(rows), schema.LIVE)
             elif name == "content_hash":
                 digests = b"".join(row.content_hash for row in rows)
                 values = np.frombuffer(digests, np.uint8).reshape(len(rows), -1)
@@ -305,6 +320,11 @@ class TargetStore:
             )
         else:
             _lengthen(array_in(group, "receipts"), shards)
+        if group.attrs.get("dropped"):
+            raise TargetStoreError(f"{request.name} is being dropped from {self.path}")
+        found = group.attrs.get("fingerprint", request.attributes["fingerprint"])
+        if found != request.attributes["fingerprint"]:
+            raise TargetStoreError(f"{group.path} in {self.path} was made for another request")
         if "fingerprint" not in group.attrs:  # written last: a set without it is not one yet
             names = [array.name for array in request.arrays]
             group.attrs.update(
@@ -314,17 +334,23 @@ class TargetStore:
 
     def _groups(self, folder: str) -> list[tuple[str, zarr.Group]]:
         members = group_in(self._group, folder).groups()
-        return sorted((name, group) for name, group in members if "fingerprint" in group.attrs)
+        return sorted(
+            (name, group)
+            for name, group in members
+            if "fingerprint" in group.attrs and not group.attrs.get("dropped")
+        )
 
     def _find_group(self, folder: str, name: str | None) -> zarr.Group:
         groups = self._groups(folder)
         exact = [group for n, group in groups if n == name]
         matches = exact or [group for n, group in groups if name is None or n.startswith(name)]
+        if name is None and len(matches) > 1:  # sets that no run has put anything into do not count
+            matches = [g for g in matches if np.any(np.asarray(array_in(g, "receipts")[:]))]
         if len(matches) == 1:
             return matches[0]
         there = ", ".join(n for n, _ in groups) or "none at all"
-        wanted = f"one of {folder} is needed" if name is None else f"{name!r} was asked for"
-        raise LabelSetNotFoundError(f"{self.path}: {wanted}, there are: {there}")
+        wanted = "say which one with --labels" if name is None else f"{name!r} was asked for"
+        raise LabelSetNotFoundError(f"{self.path} holds these {folder}: {there}; {wanted}")
 
 
 def _aligned(frames: int) -> int:

@@ -116,7 +116,7 @@ def probe_video(
     """
     digest = content_hash or hash_video(video.absolute)
     frames = height = width = 0
-    for frame in decode_video(video.absolute, reader=reader, threads=0):
+    for frame in decode_video(video.absolute, reader=reader):
         frames += 1
         height, width = frame.shape[:2]
     return VideoRecord(
@@ -131,7 +131,7 @@ def probe_video(
     )
 
 
-def decode_video(path: Path, *, reader: Reader = "pyav", threads: int = 1) -> Iterator[Frame]:
+def decode_video(path: Path, *, reader: Reader = "pyav") -> Iterator[Frame]:
     """Yield all frames of a video in order.
 
     Damaged packets are passed over, as players do; rotation tags are ignored; a frame of another
@@ -140,7 +140,6 @@ def decode_video(path: Path, *, reader: Reader = "pyav", threads: int = 1) -> It
     Args:
         path: The video.
         reader: ``pyav``, or ``skvideo`` where ffmpeg and ffprobe are installed.
-        threads: Threads of the PyAV decoder; 0 for as many as it likes.
 
     Raises:
         VideoError: If the file cannot be opened or holds no frame that can be decoded.
@@ -150,7 +149,7 @@ def decode_video(path: Path, *, reader: Reader = "pyav", threads: int = 1) -> It
 
         frames = decode_with_skvideo(path)
     else:
-        frames = _decode_with_pyav(path, threads)
+        frames = _decode_with_pyav(path)
     is_empty = True
     for frame in frames:
         is_empty = False
@@ -180,13 +179,13 @@ def _video_files(folder: Path) -> Iterator[Path]:
                 yield Path(where) / name
 
 
-def _decode_with_pyav(path: Path, threads: int) -> Iterator[Frame]:
+def _decode_with_pyav(path: Path) -> Iterator[Frame]:
     import av
 
     with _open_container(path) as container:
         stream = _video_stream(container, path)
-        stream.codec_context.thread_count = threads
-        stream.thread_type = "AUTO"
+        # One thread: with more, what a damaged file gives depends on their number.
+        stream.codec_context.thread_count = 1
         width = height = 0
         try:
             for packet in container.demux(stream):

@@ -36,10 +36,15 @@ def save_checkpoint(path: Path, model: TinyHD, **state: Any) -> None:  # noqa: A
         **state,
     }
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        partial.unlink(missing_ok=True)
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"cannot write {path}: {reason}") from error
     partial.replace(path)
 
 

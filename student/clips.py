@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -193,8 +194,14 @@ def load_batches(
             num_workers=workers,
             collate_fn=_collate,
             multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=_leave_signals_to_parent if workers else None,
         )
     )
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    """Let a Ctrl-C end training after its step, not the workers in the middle of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(

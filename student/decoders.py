@@ -62,24 +62,24 @@ class ConspicuityBranch(nn.Module):
         self, in_channels: int, branch: Branch, *, first_double: Callable[[Tensor], Tensor]
     ) -> None:
         super().__init__()
+        self.branch, self.first_double = branch, first_double
         self.blocks = nn.ModuleList()
-        self.steps: list[nn.Module | Callable[[Tensor], Tensor]] = []
         double, channels = first_double, in_channels
         for step in branch:
             if step == DOUBLE:
-                self.steps.append(double)
                 channels = channels // 4 if double is shuffle_up else channels
                 double = shuffle_up
             else:
-                block = _decoder_block(channels, step.channels, step.temporal)
-                self.blocks.append(block)
-                self.steps.append(block)
+                self.blocks.append(_decoder_block(channels, step.channels, step.temporal))
                 channels = step.channels
 
     def forward(self, level: Tensor) -> Tensor:
-        features = level
-        for step in self.steps:
-            features = step(features)
+        features, double, blocks = level, self.first_double, iter(self.blocks)
+        for step in self.branch:
+            if step == DOUBLE:
+                features, double = double(features), shuffle_up
+            else:
+                features = next(blocks)(features)
         return features
 
 

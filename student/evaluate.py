@@ -21,7 +21,7 @@ class Agreement:
     kl: float
     """KL(teacher || student) in nats; 0 is best."""
     cc: float
-    """Pearson's correlation; 1 is best."""
+    """Pearson's correlation; 1 is best; 0 for a pair with a constant map."""
     maps: int
     """Maps that were compared."""
 
@@ -42,6 +42,8 @@ def compare_with_teacher(model: TinyHD, batches: Iterable[Batch], layout: MapLay
         cc.append(correlation(teacher, output.saliency[:, 0]))
     if not kl:
         raise ValueError("there are no clips to compare on")
+    # A constant map has no correlation with anything: it counts as 0.
+    correlations = torch.cat(cc).nan_to_num(nan=0.0)
     return Agreement(
-        kl=torch.cat(kl).mean().item(), cc=torch.cat(cc).mean().item(), maps=len(torch.cat(kl))
+        kl=torch.cat(kl).mean().item(), cc=correlations.mean().item(), maps=len(correlations)
     )

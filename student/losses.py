@@ -82,7 +82,7 @@ def distillation_loss(
 
 
 def _mean_kl(target: Tensor, logits: Tensor) -> Tensor:
-    says_something = target.sum((-2, -1)) > 0
+    says_something = target.sum((-2, -1)) != 0  # True for NaN, which must not go unnoticed
     filled = target.where(says_something[:, None, None], 1.0)  # 0/0 would spoil the gradient
     # The maps are sigmoids: their logarithm is exact from the logits, also where they underflow.
     divergences = kl_divergence(filled, F.logsigmoid(logits))

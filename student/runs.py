@@ -34,8 +34,9 @@ class RunDir:
         self.checkpoint: dict[str, Any] | None = None
         if self.last.exists():
             self.checkpoint = read_checkpoint(self.last)
-        step = int(self.checkpoint["step"]) if self.checkpoint else 0
-        self._forget_after(step)
+        position = self.checkpoint or {}
+        step = int(position.get("step", 0))
+        self._forget_after(step, is_mid_epoch=bool(position.get("batch", 0)))
         self._metrics = self._metrics_path.open("a", buffering=1)
         self._curve = SummaryWriter(str(path), purge_step=step + 1 if step else None)
 
@@ -52,7 +53,7 @@ class RunDir:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         if config_path.exists():
             _check_same(config_path, json.loads(text))
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and not _is_fresh(path):
             raise RunError(f"{path} is there already and is no training run; choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / "lock")
@@ -61,7 +62,8 @@ class RunDir:
         except Timeout as error:
             raise RunError(f"{path} is in use by another training process") from error
         with lock:
-            config_path.write_text(text)
+            if not config_path.exists():
+                _write_whole(config_path, text)
             run = cls(path)
             try:
                 yield run
@@ -77,33 +79,34 @@ class RunDir:
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Add values to the loss curve and to ``metrics.jsonl``."""
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        row = {"kind": kind, "step": step, **values}
+        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         for name, value in values.items():
             self._curve.add_scalar(f"{kind}/{name}", value, step)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of ``metrics.jsonl``."""
-        return [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
-
-    def _forget_after(self, step: int) -> None:
+    def _forget_after(self, step: int, *, is_mid_epoch: bool) -> None:
         """Drop what a killed process logged behind its last checkpoint; it will be done again."""
         if not self._metrics_path.exists():
             return
         kept = []
         for line in self._metrics_path.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                row = json.loads(line)
             except ValueError:
                 break  # the line that the process was killed in
-        self._metrics_path.write_text("".join(kept))
+            will_come_again = is_mid_epoch and row["kind"] == "validation" and row["step"] == step
+            if row["step"] <= step and not will_come_again:
+                kept.append(line + "\n")
+        _write_whole(self._metrics_path, "".join(kept))
 
 
 def _check_same(path: Path, config: Mapping[str, Any]) -> None:
     try:
         before = json.loads(path.read_text())
-    except ValueError as error:
-        raise RunError(f"{path} is damaged; choose another --out") from error
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise RunError(f"{path} is damaged; choose another --out")
     changed = [
         f"{key} was {before.get(key)!r}, is {config.get(key)!r}"
         for key in sorted(before.keys() | config.keys())
@@ -114,3 +117,14 @@ def _check_same(path: Path, config: Mapping[str, Any]) -> None:
             f"{path.parent} holds a run of another configuration ({'; '.join(changed)}); "
             "choose another --out"
         )
+
+
+def _is_fresh(path: Path) -> bool:
+    """Whether nothing, or only a process that was killed at once, has used a folder."""
+    return path.is_dir() and {file.name for file in path.iterdir()} <= {"lock"}
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -20,10 +23,12 @@ from stores.maps import MapLayout, render_maps
 from stores.progress import Progress
 from stores.shards import LabelSet
 from stores.targets import TargetStore
+from student.checkpoints import CheckpointError
 from student.clips import (
     Batch,
     ClipDataset,
     ClipKey,
+    ClipSplit,
     draw_clips,
     load_batches,
     split_clips,
@@ -47,7 +52,11 @@ class TrainingError(TinyHDError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a student is trained; the defaults are the paper's."""
+    """How a student is trained.
+
+    The defaults are the paper's, as far as they go: it also flips clips, starts the encoder from
+    ImageNet, goes back to the best weights at the milestones and computes in mixed precision.
+    """
 
     student: TinyHDConfig = field(default_factory=TinyHDConfig)
     epochs: int = 200
@@ -142,7 +151,8 @@ def train(
     validation = spread_clips(split.validation, per_video=config.validation_clips)
     if not validation:
         log.warning("no video has held-out frames for a clip: there is no validation")
-    with RunDir.open(out, _identity(config, label_set)) as run:
+    _check_device(device)
+    with RunDir.open(out, _identity(config, label_set, split)) as run:
         torch.manual_seed(config.seed)
         model = TinyHD(config.student).to(device)
         optimizer = build_optimizer(model, config)
@@ -268,6 +278,11 @@ class _Trainer:
         is_best = True
         if validation is not None:
             scores = compare_with_teacher(self._model, validation, self._layout)
+            if not math.isfinite(scores.kl):
+                raise TrainingError(
+                    f"the validation after step {state.step} gave KL {scores.kl}; the last "
+                    "checkpoint is from before it"
+                )
             self._run.log("validation", state.step, {"kl": scores.kl, "cc": scores.cc})
             is_best = scores.kl < state.best_kl
             state.best_kl = min(scores.kl, state.best_kl)
@@ -318,25 +333,45 @@ def _stop_on_signal() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _identity(config: TrainConfig, labels: LabelSet) -> Mapping[str, Any]:
-    """Return what makes two runs the same: the configuration and the targets."""
+def _identity(config: TrainConfig, labels: LabelSet, split: ClipSplit) -> Mapping[str, Any]:
+    """Return what makes two runs the same: the configuration, the targets and the clips."""
+    clips = [
+        [labels.store.video(video).content_hash.hex(), [[span.start, span.stop] for span in spans]]
+        for part in (split.training, split.validation)
+        for video, spans in part.items()
+    ]
     return {
         **asdict(config),
         "label_set": labels.name,
         "label_fingerprint": labels.fingerprint,
+        "clips_sha256": hashlib.sha256(json.dumps(clips).encode()).hexdigest(),
     }
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # as torch says that it was built without
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(f"device {device!r} cannot be used: {reason}") from error
 
 
 def _resume(run: RunDir, model: TinyHD, optimizer: torch.optim.SGD) -> TrainState:
     checkpoint = run.checkpoint
     if checkpoint is None:
         return TrainState()
-    model.load_state_dict(checkpoint["weights"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["random_state"])
-    state = TrainState(**{name: checkpoint[name] for name in _SAVED})
-    if checkpoint["validation"] is not None:
-        state.validation = Agreement(**checkpoint["validation"])
+    try:
+        model.load_state_dict(checkpoint["weights"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["random_state"])
+        state = TrainState(**{name: checkpoint[name] for name in _SAVED})
+        if checkpoint["validation"] is not None:
+            state.validation = Agreement(**checkpoint["validation"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{run.last} does not fit this run: it is of another network, or not one to continue "
+            "from; choose another --out"
+        ) from error
     log.info("continuing %s after step %d", run.path, state.step)
     return state
 

@@ -55,17 +55,27 @@ class TeacherSpec:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What decides the targets, beside the video and what the store does with them."""
+        """What decides the targets, beside the video and what the store does with them.
+
+        Normalisation and resize rule are parts of the adapter: they change with its version.
+        """
         return {
-            "paper": self.paper,
-            "licence": self.licence,
             "adapter_version": self.adapter_version,
             "input_size": [self.layout.height, self.layout.width],
-            "normalisation": self.normalisation,
-            "resize_rule": self.resize_rule,
             "window": self.window,
             "labelled_frame": "last",
             "head_policy": self.head_policy,
+            "compute": "float32",
+        }
+
+    @property
+    def description(self) -> dict[str, str]:
+        """What is good to know of the teacher; its wording may be mended at any time."""
+        return {
+            "paper": self.paper,
+            "licence": self.licence,
+            "normalisation": self.normalisation,
+            "resize_rule": self.resize_rule,
         }
 
 

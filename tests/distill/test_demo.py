@@ -14,6 +14,20 @@ from student.config import build_config
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_trained_student_is_clearly_better_than_the_untrained_one(
+    tmp_path: Path, local_ray: None
+) -> None:
+    """The demo as users run it."""
+    report = run_demo(tmp_path / "demo")
+    assert report is not None
+    assert report.trained.kl < 0.7 * report.untrained.kl
+    assert report.trained.kl < 0.7 * report.uniform_kl
+    assert report.trained.cc > 0.5 > report.untrained.cc
+
+
+@pytest.mark.ray
 def test_demo_makes_report_picture_and_video(tmp_path: Path, local_ray: None) -> None:
     """The demo's own path on its own clips, but so small that the student hardly learns."""
     config = replace(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,10 @@ import pytest
 
 from distill import DistillSettings, label_videos
 from distill.executors import RayExecutor
-from distill.label import ShardDone
-from distill.plan import Failure, Task
+from distill.label import ShardDone, label_video
+from distill.plan import Failure, Task, plan_tasks
 from distill.worker import WorkerSettings
-from stores.errors import StoreBusyError, VideoError
+from stores.errors import StoreBusyError, TargetStoreError, VideoError
 from stores.targets import TargetStore
 from stores.videos import decode_video
 from teachers.registry import build
@@ -92,33 +93,37 @@ def test_ray_writes_the_bytes_of_one_process(
     assert contents(path) == contents(undisturbed)
 
 
+def committed(store: Path) -> int:
+    try:
+        return TargetStore.open(store).label_set().num_committed
+    except TargetStoreError:
+        return 0  # not there yet, or in the making
+
+
 @pytest.mark.ray
-def test_killed_run_continues_to_the_same_bytes(tmp_path: Path, video_folder: Path) -> None:
+def test_killed_run_continues_to_the_same_bytes(tmp_path: Path, sample_folder: Path) -> None:
     """Killed half way with SIGKILL, and continued by the same command."""
-    videos = tmp_path / "videos"
-    shutil.copytree(video_folder, videos)
     whole, cut = tmp_path / "whole.zarr", tmp_path / "cut.zarr"
-    settings = DistillSettings(
-        teacher="pqft", size=(256, 256), executor="inline", shard_frames=16, batch=4
-    )
-    label_videos([videos], whole, settings)
+    clip = sample_folder / "bikes.mp4"
+    label_videos([clip], whole, DistillSettings(teacher="pqft", executor="inline", shard_frames=16))
     command = [
-        *(sys.executable, "cli.py", "distill", str(videos), "--store", str(cut)),
-        *("--teacher", "pqft", "--size", "256x256", "--shard-frames", "16", "--batch", "4"),
+        *(sys.executable, "cli.py", "distill", str(clip), "--store", str(cut)),
+        *("--teacher", "pqft", "--shard-frames", "16"),
     ]
     process = subprocess.Popen(command, cwd=PROJECT, start_new_session=True)
     deadline = time.monotonic() + 120
-    while len(list(cut.glob("labels/*/maps_*/c.*"))) < 8:
+    while not committed(cut):
         assert process.poll() is None, "the run ended before it was killed"
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    killed = contents(cut)
-    assert killed != contents(whole)
+    kept = committed(cut)
+    assert 0 < kept < 16
 
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert f" {16 - kept} shards written" in result.stdout
     assert contents(cut) == contents(whole)
 
 
@@ -204,8 +209,6 @@ def test_copies_of_a_video_are_labelled_once(tmp_path: Path, make_video: MakeVid
 def test_new_videos_and_frames_are_added_to_what_is_there(
     tmp_path: Path, make_video: MakeVideo
 ) -> None:
-    from dataclasses import replace
-
     videos, path = tmp_path / "videos", tmp_path / "targets.zarr"
     make_video(videos / "b.avi", frames=20, seed=1)
     assert label_videos([videos], path, replace(INLINE, with_frames=None)).shards == 2
@@ -218,6 +221,62 @@ def test_new_videos_and_frames_are_added_to_what_is_there(
     assert all(not frames.missing(video) for video in found.videos)
 
 
+def test_moved_videos_are_completed_where_they_lie_now(
+    tmp_path: Path, make_video: MakeVideo
+) -> None:
+    make_video(tmp_path / "before" / "a.avi", frames=20)
+    path = tmp_path / "targets.zarr"
+    label_videos([tmp_path / "before"], path, replace(INLINE, with_frames=None))
+    (tmp_path / "before").rename(tmp_path / "after")
+    report = label_videos([tmp_path / "after"], path, INLINE)
+    assert (report.failures, report.shards) == ([], 2)
+
+
+def test_video_that_changes_after_the_probe_is_not_labelled(
+    tmp_path: Path, make_video: MakeVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = make_video(tmp_path / "videos" / "a.avi", frames=20, seed=1)
+
+    def change_then_plan(*arguments: Any) -> list[Task]:  # noqa: ANN401
+        make_video(video, frames=30, seed=2)
+        return plan_tasks(*arguments)
+
+    monkeypatch.setattr("distill.run.plan_tasks", change_then_plan)
+    report = label_videos([tmp_path / "videos"], tmp_path / "targets.zarr", INLINE)
+    assert (report.shards, report.videos) == (0, 0)
+    assert "has changed since it was probed" in report.failures[0].reason
+
+
+def test_any_failure_of_one_video_leaves_the_others(
+    tmp_path: Path, make_video: MakeVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_video(tmp_path / "videos" / "a.avi", frames=20, seed=1)
+    make_video(tmp_path / "videos" / "b.avi", frames=20, seed=2)
+
+    def fail_once(task: Task, **options: Any) -> Any:  # noqa: ANN401
+        if task.video.id == "a":
+            raise OSError("no space left on device")
+        return label_video(task, **options)
+
+    monkeypatch.setattr("distill.worker.label_video", fail_once)
+    report = label_videos([tmp_path / "videos"], tmp_path / "targets.zarr", INLINE)
+    assert [(f.video, f.reason) for f in report.failures] == [("a", "no space left on device")]
+    assert report.videos == 1
+
+
+def test_names_that_are_no_text_are_skipped(tmp_path: Path, make_video: MakeVideo) -> None:
+    good = make_video(tmp_path / "videos" / "good.avi", frames=20)
+    (tmp_path / "videos" / os.fsdecode(b"bad\xff.avi")).write_bytes(good.read_bytes() + b" ")
+    report = label_videos([tmp_path / "videos"], tmp_path / "targets.zarr", INLINE)
+    assert report.videos == 1
+    assert "rename the file" in report.failures[0].reason
+
+
+def test_empty_folder_becomes_a_store(tmp_path: Path, video_folder: Path) -> None:
+    (tmp_path / "store").mkdir()
+    assert label_videos([video_folder / "short.avi"], tmp_path / "store", INLINE).videos == 1
+
+
 def test_store_in_use_is_refused(tmp_path: Path, undisturbed: Path, video_folder: Path) -> None:
     path = tmp_path / "targets.zarr"
     shutil.copytree(undisturbed, path)
@@ -228,8 +287,6 @@ def test_store_in_use_is_refused(tmp_path: Path, undisturbed: Path, video_folder
 @pytest.fixture
 def ray_executor(tmp_path: Path, undisturbed: Path, local_ray: None) -> MakeExecutor:
     """An executor on a store without receipts, and the tasks that fill it."""
-    from dataclasses import replace
-
     path = tmp_path / "targets.zarr"
     shutil.copytree(undisturbed, path)
     store = TargetStore.open(path, mode="r+")
@@ -238,6 +295,7 @@ def ray_executor(tmp_path: Path, undisturbed: Path, local_ray: None) -> MakeExec
     labels.refresh()
     settings = WorkerSettings(
         store=path,
+        token=(path / "runs" / "driver").read_text(),
         labels=labels.name,
         frames=None,
         teacher="pqft",
@@ -282,8 +340,6 @@ def test_task_of_a_dead_actor_is_done_by_another(
 def test_task_that_fails_three_times_is_given_up_and_the_rest_is_done(
     ray_executor: MakeExecutor,
 ) -> None:
-    from dataclasses import replace
-
     executor, tasks = ray_executor()
     hopeless = replace(tasks[0], label_shards=(10**9,))  # there is no such shard
     events = [event for event in executor.run([hopeless, *tasks[1:]]) if event is not None]
@@ -305,7 +361,7 @@ def test_teacher_that_cannot_be_made_is_reported(ray_executor: MakeExecutor) -> 
 def test_more_actors_than_cpus_are_refused(
     tmp_path: Path, video_folder: Path, local_ray: None
 ) -> None:
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="do not fit"):
         label_videos([video_folder], tmp_path / "t.zarr", replace(ON_RAY, actors=500))
+    with pytest.raises(ValueError, match=r"does not fit.*--cpus-per-actor"):
+        label_videos([video_folder], tmp_path / "t.zarr", replace(ON_RAY, cpus_per_actor=500))

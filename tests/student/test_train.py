@@ -2,24 +2,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from stores.errors import LabelSetNotFoundError, NotATargetStoreError
+from stores.errors import LabelSetNotFoundError, NotATargetStoreError, TargetStoreError
 from student.checkpoints import CheckpointError, load_model, read_checkpoint, save_checkpoint
 from student.config import build_config
 from student.losses import LossWeights
 from student.runs import RunDir, RunError
 from student.tinyhd import TinyHD
 from student.train import TrainConfig, TrainingError, build_optimizer, train
+
+if TYPE_CHECKING:
+    from tests.conftest import MakeVideo
 
 SMALL = TrainConfig(
     student=build_config("tinyhd-s-rc4", height=32, width=32),
@@ -139,6 +143,61 @@ def test_folder_in_use_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_store_that_has_grown_is_another_run(
+    labelled: Path, tmp_path: Path, make_video: MakeVideo
+) -> None:
+    from distill import DistillSettings, label_videos
+
+    store = tmp_path / "targets.zarr"
+    shutil.copytree(labelled, store)
+    config = replace(SMALL, epochs=1)
+    train(store, tmp_path / "run", config)
+    make_video(tmp_path / "more" / "new.avi", frames=30)
+    settings = DistillSettings(teacher="pqft", size=(64, 64), executor="inline", shard_frames=16)
+    label_videos([tmp_path / "more"], store, settings)
+    with pytest.raises(RunError, match="clips_sha256"):
+        train(store, tmp_path / "run", config)
+
+
+def test_checkpoint_of_something_else_is_named(labelled: Path, tmp_path: Path) -> None:
+    config = replace(SMALL, epochs=1)
+    train(labelled, tmp_path / "run", config)
+    best = (tmp_path / "run" / "best.pt").read_bytes()
+    (tmp_path / "run" / "last.pt").write_bytes(best)
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        train(labelled, tmp_path / "run", config)
+    (tmp_path / "run" / "config.json").write_text("[]")
+    with pytest.raises(RunError, match="damaged"):
+        train(labelled, tmp_path / "run", config)
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99"])
+def test_device_that_is_not_there_is_named(labelled: Path, tmp_path: Path, device: str) -> None:
+    with pytest.raises(TrainingError, match=f"device '{device}' cannot be used"):
+        train(labelled, tmp_path / "run", SMALL, device=device)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lost_shards_stop_training(labelled: Path, tmp_path: Path) -> None:
+    store = tmp_path / "targets.zarr"
+    shutil.copytree(labelled, store)
+    for path in store.glob("labels/*/maps_*/c.*"):
+        path.unlink()
+    with pytest.raises(TargetStoreError, match="is gone, though its receipt is there"):
+        train(store, tmp_path / "run", SMALL)
+
+
+def test_validation_row_is_not_doubled_by_a_kill_behind_it(tmp_path: Path) -> None:
+    model = TinyHD(SMALL.student)
+    with RunDir.open(tmp_path / "run", {}) as run:
+        run.log("training", 6, {"total": 1.0})
+        run.save(model, is_best=False, step=6, batch=6)  # before the epoch's validation
+        run.log("validation", 6, {"kl": 1.0})
+    with RunDir.open(tmp_path / "run", {}) as run:
+        run.log("validation", 6, {"kl": 1.0})
+    assert [row["kind"] for row in training_curve(tmp_path / "run")] == ["training", "validation"]
+
+
 def test_damaged_checkpoint_is_named(labelled: Path, tmp_path: Path) -> None:
     config = replace(SMALL, epochs=1)
     train(labelled, tmp_path / "run", config)
@@ -185,7 +244,7 @@ def test_parameters_are_grouped_as_published() -> None:
         assert values == (scale[is_encoder, is_bias], 0.0 if is_bias else 5e-4), name
 
 
-def test_one_update_is_pytorchs_sgd(labelled: Path, tmp_path: Path) -> None:
+def test_an_update_moves_each_tensor_at_its_own_rate() -> None:
     """The first step moves each tensor by its group's rate times gradient plus decay."""
     torch.manual_seed(SMALL.seed)
     model = TinyHD(SMALL.student)
