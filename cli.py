@@ -49,7 +49,7 @@ class Commands(click.Group):
             ctx.exit(EXIT_INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except Exception as error:
+        except Exception as error:  # sorted below: the user's are shown, ours raised again
             from stores.errors import TinyHDError
 
             if not isinstance(error, TinyHDError | ValueError | OSError):

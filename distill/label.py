@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class ShardDone:
     num_frames: int
 
 
-class ShardFiller:
+class ShardFiller(ABC):
     """Fill the missing shards of one video and one shard set from frames that come in order.
 
     Subclasses say which frames a shard needs and what its values are.
@@ -64,17 +65,17 @@ class ShardFiller:
         if self._left:
             self.begin_shard(self._set.frames_of(self._left[-1], self._video))
 
+    @abstractmethod
     def begin_shard(self, span: range) -> None:
         """Get ready for the frames of a shard."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, index: int, frame: Frame) -> None:
         """Look at a frame; it may lie before the shard's span, never behind it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end_shard(self) -> dict[str, npt.NDArray[Any]]:
         """Return the values of the span by array."""
-        raise NotImplementedError
 
 
 class LabelFiller(ShardFiller):
