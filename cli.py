@@ -12,7 +12,11 @@ import click
 # Ray, torch and zarr load only when a command runs, so that --help answers at once.
 
 TEACHER_NAMES = ("pqft",)
-VARIANT_NAMES = ("tinyhd-s", "tinyhd-s-rc2", "tinyhd-s-rc4")
+VARIANT_NAMES = (
+    *("tinyhd-s", "tinyhd-s-rc2", "tinyhd-s-rc4"),
+    *("tinyhd-m", "tinyhd-m-rc2", "tinyhd-m-rc4"),
+)
+TRAINED_VARIANTS = [name for name in VARIANT_NAMES if name.startswith("tinyhd-s")]
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
 
@@ -130,7 +134,7 @@ def distill_command(videos: tuple[Path, ...], store: Path, **options: Any) -> No
 )
 @click.option("--labels", help="Label set, or the beginning of its name.  [default: the only one]")
 @click.option(
-    "--variant", type=click.Choice(VARIANT_NAMES), default="tinyhd-s-rc4", help="Student."
+    "--variant", type=click.Choice(TRAINED_VARIANTS), default="tinyhd-s-rc4", help="Student."
 )
 @click.option("--size", type=Size(), default="192x256", help="Frames fed to the student.")
 @click.option("--epochs", type=click.IntRange(min=1), default=200, help="Passes.")
@@ -202,6 +206,101 @@ def train_command(
     if state.validation is not None:
         scores = state.validation
         click.echo(f"on held-out frames: KL {scores.kl:.4f}, CC {scores.cc:.4f} to the teacher")
+
+
+@cli.group("weights")
+def weights_group() -> None:
+    """Turn published weights into checkpoints, and back."""
+
+
+@weights_group.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--variant", type=click.Choice(VARIANT_NAMES), required=True, help="Their network.")
+@click.option("--d1-last", is_flag=True, help="The fusion takes the maps of d1 last.")
+@click.option("--size", type=Size(), default="192x256", help="Frames that it was trained on.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Checkpoint."
+)
+def import_command(
+    *, file: Path, variant: str, d1_last: bool, size: tuple[int, int], out: Path
+) -> None:
+    """Make a checkpoint, which knows its configuration, of published weights in FILE.
+
+    The file does not tell its variant: files of different flags have the same names and shapes.
+    Published TinyHD-M of reduction 1 trained on DHF1K needs --d1-last.
+
+    \b
+    Example:
+        python cli.py weights import d123m_rc4_rc1T.pth --variant tinyhd-m-rc4 --out tinyhd-m-rc4.pt
+    """
+    from dataclasses import replace
+
+    from student import build_config, import_weights, read_weights, save_checkpoint
+
+    height, width = size
+    config = replace(build_config(variant, height=height, width=width), d1_last=d1_last)
+    model = import_weights(read_weights(file), **config.to_dict())
+    save_checkpoint(out, model)
+    click.echo(f"{out}: {variant}, {model.num_parameters:,} parameters")
+
+
+@weights_group.command("export")
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write."
+)
+def export_weights_command(checkpoint: Path, out: Path) -> None:
+    """Write the weights of CHECKPOINT under the published names.
+
+    \b
+    Example:
+        python cli.py weights export runs/first/best.pt --out weights.pth
+    """
+    from student import load_model, save_published_weights
+
+    save_published_weights(out, load_model(checkpoint))
+    click.echo(f"{out}: weights under the published names; they do not tell the configuration")
+
+
+@weights_group.command("inflate")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--variant", type=click.Choice(VARIANT_NAMES), required=True, help="Student.")
+@click.option("--size", type=Size(), default="192x256", help="Frames fed to the student.")
+@click.option(
+    "--rule",
+    type=click.Choice(["aligned", "reference"]),
+    default="aligned",
+    help="How kernels and channels are carried over; reference: as in the published code.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the decoders' weights.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Checkpoint."
+)
+def inflate_command(
+    *,
+    file: Path,
+    variant: str,
+    size: tuple[int, int],
+    rule: Any,  # noqa: ANN401 - one of the choices
+    seed: int,
+    out: Path,
+) -> None:
+    """Start a student's encoder from a 2-D MobileNetV2 in FILE (torchvision's names).
+
+    \b
+    Example:
+        python cli.py weights inflate mobilenet_v2.pth --variant tinyhd-s-rc4 --out start.pt
+    """
+    import torch
+
+    from student import TinyHD, build_config, inflate_encoder, read_weights, save_checkpoint
+
+    height, width = size
+    torch.manual_seed(seed)
+    model = TinyHD(build_config(variant, height=height, width=width))
+    inflate_encoder(model, read_weights(file), rule=rule)
+    save_checkpoint(out, model)
+    click.echo(f"{out}: {variant} with the encoder of {file}, decoders at random")
 
 
 @cli.command("demo")

@@ -3,6 +3,14 @@
 from student.checkpoints import CheckpointError, load_model, save_checkpoint
 from student.config import VARIANTS, TinyHDConfig, build_config
 from student.losses import LossWeights
+from student.reference import (
+    WeightsError,
+    export_weights,
+    import_weights,
+    inflate_encoder,
+    read_weights,
+    save_published_weights,
+)
 from student.runs import RunError
 from student.tinyhd import StudentOutput, TinyHD, normalise_frames
 from student.train import TrainConfig, TrainingError, train
@@ -17,9 +25,15 @@ __all__ = [
     "TinyHDConfig",
     "TrainConfig",
     "TrainingError",
+    "WeightsError",
     "build_config",
+    "export_weights",
+    "import_weights",
+    "inflate_encoder",
     "load_model",
     "normalise_frames",
+    "read_weights",
     "save_checkpoint",
+    "save_published_weights",
     "train",
 ]

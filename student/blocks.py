@@ -1,15 +1,17 @@
-"""The one block that the encoder and all decoders are made of, and the ways to double a size."""
+"""The one block that the encoder and all decoders are made of."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from student.layers import Conv
 
 
 class Temporal(NamedTuple):
-    """How a depthwise convolution treats time."""
+    """How a convolution treats time."""
 
     kernel: int
     stride: int
@@ -19,6 +21,8 @@ class Temporal(NamedTuple):
 FRAMEWISE = Temporal(1, 1, 0)
 MIX = Temporal(3, 1, 1)
 HALVE = Temporal(3, 2, 1)
+JOIN = Temporal(2, 1, 0)
+"""Two frames become one."""
 
 
 class InvertedResidual(nn.Module):
@@ -73,7 +77,10 @@ class InvertedResidual(nn.Module):
 
 
 class ConvNorm(nn.Sequential):
-    """A 3-D convolution without bias, batch norm and, if wanted, ReLU6."""
+    """A 3-D convolution without bias, batch norm and, if wanted, ReLU6.
+
+    After :meth:`fold` the convolution has the norm in it: the form for inference.
+    """
 
     def __init__(
         self,
@@ -87,7 +94,7 @@ class ConvNorm(nn.Sequential):
         activation: bool,
     ) -> None:
         spatial_padding = spatial_kernel // 2
-        conv = nn.Conv3d(
+        conv = Conv(
             in_channels,
             out_channels,
             kernel_size=(temporal.kernel, spatial_kernel, spatial_kernel),
@@ -99,30 +106,8 @@ class ConvNorm(nn.Sequential):
         norm = nn.BatchNorm3d(out_channels, eps=1e-5, momentum=0.1)
         super().__init__(conv, norm, *([nn.ReLU6(inplace=True)] if activation else []))
 
-
-def shuffle_up(features: Tensor) -> Tensor:
-    """Double height and width, frame by frame, by taking four channels apart (pixel shuffle).
-
-    Shape:
-        - features: ``(B, 4 * C, T, H, W)``
-        - returns: ``(B, C, T, 2 * H, 2 * W)``
-    """
-    batch, channels, frames, height, width = features.shape
-    # Channels-last all the way: the network keeps that memory format, and so no copy is added.
-    taken = features.permute(0, 2, 3, 4, 1).reshape(
-        batch, frames, height, width, channels // 4, 2, 2
-    )  # B T H W C dy dx
-    placed = taken.permute(0, 1, 2, 5, 3, 6, 4).reshape(
-        batch, frames, 2 * height, 2 * width, channels // 4
-    )
-    return placed.permute(0, 4, 1, 2, 3)
-
-
-def interpolate_up(features: Tensor) -> Tensor:
-    """Double height and width bilinearly, corners aligned; channels are kept.
-
-    Shape:
-        - features: ``(B, C, T, H, W)``
-        - returns: ``(B, C, T, 2 * H, 2 * W)``
-    """
-    return F.interpolate(features, scale_factor=(1, 2, 2), mode="trilinear", align_corners=True)
+    def fold(self) -> None:
+        """Put the norm's running statistics into the convolution; for inference only."""
+        conv, norm = self[0], self[1]
+        if isinstance(conv, Conv) and isinstance(norm, nn.BatchNorm3d):
+            self[0], self[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()

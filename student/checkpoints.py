@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,10 +36,19 @@ def save_checkpoint(path: Path, model: TinyHD, **state: Any) -> None:  # noqa: A
         "weights": model.state_dict(),
         **state,
     }
+    save_whole(path, content)
+
+
+def save_whole(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a PyTorch file, whole or not at all.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            torch.save(content, file)
+            torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk

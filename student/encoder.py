@@ -7,7 +7,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from student.blocks import HALVE, MIX, ConvNorm, InvertedResidual, interpolate_up, shuffle_up
+from student.blocks import FRAMEWISE, HALVE, JOIN, MIX, ConvNorm, InvertedResidual, Temporal
+from student.layers import interpolate_up, shuffle_up
 
 
 class EncoderBlock(NamedTuple):
@@ -16,30 +17,36 @@ class EncoderBlock(NamedTuple):
     channels: int
     expansion: int
     spatial_stride: int
-    temporal_stride: int
+    temporal: Temporal
+    temporal_multi: Temporal
+    """In TinyHD-M, whose coarsest features have one frame, not two."""
 
 
-STEM: Final = EncoderBlock(32, 1, 2, 2)
+def _row(channels: int, expansion: int, spatial_stride: int, *temporal: Temporal) -> EncoderBlock:
+    return EncoderBlock(channels, expansion, spatial_stride, temporal[0], temporal[-1])
+
+
+STEM: Final = _row(32, 1, 2, HALVE)
 BLOCKS: Final = (  # numbered from 1
-    EncoderBlock(16, 1, 1, 1),
-    EncoderBlock(24, 6, 2, 1),
-    EncoderBlock(24, 6, 1, 1),
-    EncoderBlock(32, 6, 2, 2),
-    EncoderBlock(32, 6, 1, 1),
-    EncoderBlock(32, 6, 1, 1),
-    EncoderBlock(64, 6, 2, 2),
-    EncoderBlock(64, 6, 1, 1),
-    EncoderBlock(64, 6, 1, 1),
-    EncoderBlock(64, 6, 1, 1),
-    EncoderBlock(96, 6, 1, 1),
-    EncoderBlock(96, 6, 1, 1),
-    EncoderBlock(96, 6, 1, 1),
-    EncoderBlock(160, 6, 2, 1),
-    EncoderBlock(160, 6, 1, 1),
-    EncoderBlock(160, 6, 1, 1),
-    EncoderBlock(320, 6, 1, 1),
+    _row(16, 1, 1, MIX),
+    _row(24, 6, 2, MIX),
+    _row(24, 6, 1, MIX),
+    _row(32, 6, 2, HALVE),
+    _row(32, 6, 1, MIX),
+    _row(32, 6, 1, MIX),
+    _row(64, 6, 2, HALVE),
+    _row(64, 6, 1, MIX),
+    _row(64, 6, 1, MIX),
+    _row(64, 6, 1, MIX),
+    _row(96, 6, 1, MIX),
+    _row(96, 6, 1, MIX),
+    _row(96, 6, 1, MIX),
+    _row(160, 6, 2, MIX, JOIN),
+    _row(160, 6, 1, MIX, FRAMEWISE),
+    _row(160, 6, 1, MIX, FRAMEWISE),
+    _row(320, 6, 1, MIX, FRAMEWISE),
 )
-LAST: Final = EncoderBlock(1280, 1, 1, 1)
+LAST: Final = _row(1280, 1, 1, FRAMEWISE)
 GROUPS: Final = ((1, 1), (2, 3), (4, 6), (7, 13), (14, 18))
 """First and last block of each run of blocks with one resolution, whose outputs are joined."""
 
@@ -57,20 +64,21 @@ class Encoder(nn.Module):
 
     Args:
         channel_reduction: Divisor of every channel count but the clip's three.
+        multi: Whether the network is a TinyHD-M.
 
     Shape:
         - clip: ``(B, 3, 16, H, W)``
         - returns: four levels; level *i* is ``(B, C_i, T_i, H / 2**(i + 1), W / 2**(i + 1))`` with
-          ``C_i`` from :func:`level_channels` and ``T_i`` 8, 4, 2, 2
+          ``C_i`` from :func:`level_channels` and ``T_i`` 8, 4, 2, 2; multi: 8, 4, 2, 1
     """
 
-    def __init__(self, *, channel_reduction: int) -> None:
+    def __init__(self, *, channel_reduction: int, multi: bool) -> None:
         super().__init__()
         channels = STEM.channels // channel_reduction
         self.stem = ConvNorm(
             3,
             channels,
-            temporal=HALVE,
+            temporal=STEM.temporal,
             spatial_kernel=3,
             spatial_stride=STEM.spatial_stride,
             activation=True,
@@ -83,7 +91,7 @@ class Encoder(nn.Module):
                     channels,
                     width,
                     expansion=row.expansion,
-                    temporal=HALVE if row.temporal_stride == 2 else MIX,
+                    temporal=row.temporal_multi if multi else row.temporal,
                     spatial_stride=row.spatial_stride,
                     residual=row.spatial_stride == 1 and channels == width,
                 )

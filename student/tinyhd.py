@@ -1,19 +1,26 @@
-"""TinyHD-S: encoder, decoders and fusion, joined (Hu et al., WACV 2023)."""
+"""The student: encoder, decoders and fusion, joined (Hu et al., WACV 2023)."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from student.config import CLIP_FRAMES, SIZE_MULTIPLE, TinyHDConfig
-from student.decoders import GridDecoder, HierarchicalDecoder, PyramidDecoder
+from student.blocks import ConvNorm
+from student.config import CLIP_FRAMES, SIZE_MULTIPLE, DecoderName, TinyHDConfig
+from student.decoders import GridDecoder, HierarchicalDecoder, PyramidDecoder, Role
 from student.encoder import Encoder, level_channels
 
-DECODERS: Final = (("d1", HierarchicalDecoder), ("d2", PyramidDecoder), ("d3", GridDecoder))
-"""In the order in which the fusion takes their maps."""
+DECODERS: Final[Mapping[DecoderName, type[HierarchicalDecoder | PyramidDecoder | GridDecoder]]] = {
+    "d1": HierarchicalDecoder,
+    "d2": PyramidDecoder,
+    "d3": GridDecoder,
+}
 
 # Shapes: B clips, K maps, T frames, H height, W width.
 
@@ -22,21 +29,23 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class StudentOutput(NamedTuple):
-    """What the student says of a clip's newest frame. Logits, because the loss is exact there."""
+    """What the student says of a clip. Logits, because the loss is exact there."""
 
     saliency_logits: Tensor
-    """``(B, 1, H, W)``"""
+    """TinyHD-S: ``(B, 1, H, W)``, of the clip's newest frame. TinyHD-M: ``(B, 1, T, H, W)``, of the
+    newest ``T = output_frames`` frames, oldest first."""
     map_logits: Mapping[str, Tensor]
-    """``(B, K, 1, H, W)`` of each decoder; ``d1`` has the four hierarchical maps."""
+    """``(B, K, T', H, W)`` of each decoder; ``d1`` has the four hierarchical maps. A single decoder
+    has ``T'`` 1."""
 
     @property
     def saliency(self) -> Tensor:
-        """Saliency map, ``(B, 1, H, W)`` in 0..1; it means something only up to its sum."""
+        """Saliency maps in 0..1, shaped as the logits; they mean something only up to their sum."""
         return self.saliency_logits.sigmoid()
 
     @property
     def maps(self) -> dict[str, Tensor]:
-        """Maps of each decoder, ``(B, K, 1, H, W)`` in 0..1."""
+        """Maps of each decoder in 0..1, shaped as the logits."""
         return {name: logits.sigmoid() for name, logits in self.map_logits.items()}
 
 
@@ -59,11 +68,20 @@ class TinyHD(nn.Module):
         self.config = config
         reduction = config.channel_reduction
         channels = level_channels(reduction)
-        self.encoder = Encoder(channel_reduction=reduction)
-        decoders = {name: build(channels, channel_reduction=reduction) for name, build in DECODERS}
+        self.encoder = Encoder(channel_reduction=reduction, multi=config.is_multi)
+        decoders: dict[str, HierarchicalDecoder | PyramidDecoder | GridDecoder] = {
+            name: DECODERS[name](
+                channels,
+                channel_reduction=reduction,
+                role=_role_of(name, config),
+                output_frames=config.output_frames,
+            )
+            for name in config.decoders
+        }
+        self.decoders = nn.ModuleDict(dict(decoders))
         num_maps = sum(decoder.num_maps for decoder in decoders.values())
-        self.decoders = nn.ModuleDict(decoders)
-        self.fusion = nn.Conv2d(num_maps, 1, kernel_size=1)
+        fusion = nn.Conv3d if config.is_multi else nn.Conv2d
+        self.fusion = fusion(num_maps, 1, kernel_size=1)
         self._initialise()
         for part in (self.encoder, self.decoders):  # depthwise layers are several times faster so
             part.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -73,15 +91,49 @@ class TinyHD(nn.Module):
         for module in self.encoder.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        nn.init.kaiming_normal_(self.fusion.weight, mode="fan_out")
-        nn.init.constant_(self.fusion.get_parameter("bias"), 0.0)
+        if not self.config.is_multi:
+            nn.init.kaiming_normal_(self.fusion.weight, mode="fan_out")
+            nn.init.constant_(self.fusion.get_parameter("bias"), 0.0)
 
     def forward(self, clip: Tensor) -> StudentOutput:
         _check_clip(clip)
         levels = self.encoder(clip.contiguous(memory_format=torch.channels_last_3d))
-        map_logits = {name: decode(levels) for name, decode in self.decoders.items()}  # B K 1 H W
-        maps = torch.cat([logits.sigmoid() for logits in map_logits.values()], 1)
-        return StudentOutput(self.fusion(maps[:, :, 0]), map_logits)
+        map_logits = {name: decode(levels) for name, decode in self.decoders.items()}  # B K T' H W
+        return StudentOutput(self._fuse(map_logits), map_logits)
+
+    def _fuse(self, map_logits: Mapping[str, Tensor]) -> Tensor:
+        """Weigh all maps; a map of the whole clip counts for every frame."""
+        maps = {name: map_logits[name].sigmoid() for name in self.config.fusion_order}
+        if not self.config.is_multi:
+            fused: Tensor = self.fusion(torch.cat(list(maps.values()), 1).squeeze(2))
+            return fused
+        shares = torch.split(self.fusion.weight, [m.shape[1] for m in maps.values()], 1)
+        parts = [F.conv3d(m, share) for m, share in zip(maps.values(), shares, strict=True)]
+        parts[0] = parts[0] + self.fusion.get_parameter("bias")
+        whole = functools.reduce(torch.add, parts)  # one frame is added to every frame
+        return whole.expand(-1, -1, self.config.output_frames, -1, -1)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights that are learnt."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def for_inference(self) -> TinyHD:
+        """Return a copy that predicts faster: norms are part of the convolutions.
+
+        Its maps are those of the network in evaluation mode, up to rounding. It cannot be trained.
+        """
+        model = copy.deepcopy(self).eval().requires_grad_(requires_grad=False)
+        for module in model.modules():
+            if isinstance(module, ConvNorm):
+                module.fold()
+        return model
+
+
+def _role_of(decoder: DecoderName, config: TinyHDConfig) -> Role:
+    if not config.is_single(decoder):
+        return Role.MULTI
+    return Role.SINGLE_IN_MULTI if config.is_multi else Role.SINGLE
 
 
 def normalise_frames(frames: Tensor) -> Tensor:

@@ -79,6 +79,16 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.student.is_multi:
+            raise ValueError(
+                "only TinyHD-S is trained so far: a TinyHD-M needs the soft targets of several "
+                f"frames for each clip, got output_frames={self.student.output_frames}"
+            )
+        if self.loss.hierarchical and "d1" not in self.student.decoders:
+            raise ValueError(
+                "the hierarchical term needs the decoder d1, the student has "
+                f"{', '.join(self.student.decoders)}; give it the weight 0"
+            )
 
     def learning_rate_at(self, epoch: int) -> float:
         """Return the learning rate of an epoch, counted from 0."""
@@ -259,6 +269,7 @@ class _Trainer:
         targets = render_maps(
             planes, self._layout, self._map_names, height=config.height, width=config.width
         )
+        targets = {name: maps[:, None] for name, maps in targets.items()}  # of one frame
         output = self._model(normalise_frames(batch.frames.to(device)))
         losses = distillation_loss(output, targets, self._layout, self._config.loss)
         if not losses.total.isfinite():

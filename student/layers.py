@@ -1,0 +1,97 @@
+"""Convolutions and upsamplings of clips, each in the form that costs least.
+
+Features are ``(B, C, T, H, W)`` and lie in memory as ``channels_last_3d``: channels together, then
+columns, rows, frames. In that order the frames of all clips are also a batch of pictures, without
+a copy, and whatever does not mix frames is done to pictures: two-dimensional layers are many times
+faster. Numbers stay the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Conv(nn.Conv3d):
+    """A 3-D convolution, done to pictures where it does not mix frames.
+
+    That is so where its kernel spans one frame, and where the clip has one frame and the kernel's
+    other taps would only see padding.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        kernel, padding = self.kernel_size[0], int(self.padding[0])
+        if torch.compiler.is_exporting() or not (
+            kernel == 1 or (features.shape[2] == 1 and padding)
+        ):
+            return super().forward(features)  # who reads an export has layouts of its own
+        pictures = F.conv2d(
+            as_pictures(features),
+            self.weight[:, :, padding],
+            self.bias,
+            self.stride[1:],
+            self.padding[1:],
+            self.dilation[1:],
+            self.groups,
+        )
+        return as_clips(pictures, len(features))
+
+
+def as_pictures(features: Tensor) -> Tensor:
+    """View clips ``(B, C, T, H, W)`` as pictures ``(B * T, C, H, W)``."""
+    if features.shape[2] == 1:  # squeezing keeps strides that tell channels-last; merging does not
+        return features.squeeze(2)
+    return features.transpose(1, 2).flatten(0, 1)
+
+
+def as_clips(pictures: Tensor, batch: int) -> Tensor:
+    """View pictures ``(B * T, C, H, W)`` as clips ``(B, C, T, H, W)``."""
+    if len(pictures) == batch:
+        return pictures.unsqueeze(2)
+    return pictures.view(batch, -1, *pictures.shape[1:]).transpose(1, 2)
+
+
+def shuffle_up(features: Tensor) -> Tensor:
+    """Double height and width, frame by frame, by taking four channels apart (pixel shuffle).
+
+    Shape:
+        - features: ``(B, 4 * C, T, H, W)``
+        - returns: ``(B, C, T, 2 * H, 2 * W)``
+    """
+    return as_clips(F.pixel_shuffle(as_pictures(features), 2), len(features))
+
+
+def interpolate_up(features: Tensor) -> Tensor:
+    """Double height and width bilinearly, corners aligned; channels are kept.
+
+    Shape:
+        - features: ``(B, C, T, H, W)``
+        - returns: ``(B, C, T, 2 * H, 2 * W)``
+    """
+    pictures = as_pictures(features)
+    doubled = F.interpolate(pictures, scale_factor=2, mode="bilinear", align_corners=True)
+    return as_clips(doubled, len(features))
+
+
+def double_frames(features: Tensor) -> Tensor:
+    """Double the frames linearly, first and last aligned; a single frame is repeated.
+
+    Shape:
+        - features: ``(B, C, T, H, W)``
+        - returns: ``(B, C, 2 * T, H, W)``
+    """
+    batch, channels, frames, height, width = features.shape
+    if frames == 1:
+        return torch.cat([features, features], 2)
+    weights = _doubling_weights(frames, features)
+    rows = features.permute(0, 2, 3, 4, 1).reshape(batch, frames, -1)
+    doubled = (weights @ rows).view(batch, 2 * frames, height, width, channels)
+    return doubled.permute(0, 4, 1, 2, 3)
+
+
+def _doubling_weights(frames: int, like: Tensor) -> Tensor:
+    """Weight of each of ``frames`` frames in each of twice as many, ``(2 * frames, frames)``."""
+    eye = torch.eye(frames, dtype=like.dtype, device=like.device)
+    rows = F.interpolate(eye[None], scale_factor=2, mode="linear", align_corners=True)
+    return rows[0].T
