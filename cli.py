@@ -16,7 +16,12 @@ VARIANT_NAMES = (
     *("tinyhd-s", "tinyhd-s-rc2", "tinyhd-s-rc4"),
     *("tinyhd-m", "tinyhd-m-rc2", "tinyhd-m-rc4"),
 )
+RUNTIME_NAMES = ("torch", "onnxruntime", "openvino")
 TRAINED_VARIANTS = [name for name in VARIANT_NAMES if name.startswith("tinyhd-s")]
+PUBLISHED_LICENCES = {
+    "tinyhd-s-rc4": "published; ask its authors for a licence",
+    "tinyhd-m-rc4": "published; ask its authors for a licence",
+}
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
 
@@ -206,6 +211,134 @@ def train_command(
     if state.validation is not None:
         scores = state.validation
         click.echo(f"on held-out frames: KL {scores.kl:.4f}, CC {scores.cc:.4f} to the teacher")
+
+
+@cli.command("predict")
+@click.argument("videos", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="Student: a checkpoint, or an ONNX file of tinyhd export.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@click.option(
+    "--runtime",
+    type=click.Choice(RUNTIME_NAMES),
+    help="What computes.  [default: torch; onnxruntime for an ONNX file]",
+)
+@click.option(
+    "--device", help="Where torch computes, e.g. cuda:1.  [default: a GPU if there is one]"
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Clips at once.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all CPUs]")
+@click.option(
+    "--post-processing",
+    type=click.Choice(["plain", "paper"]),
+    default="plain",
+    help="From maps to pictures; paper: as the published maps were made.",
+)
+@click.option("--maps/--no-maps", default=True, help="Write a gray PNG for each frame.")
+@click.option("--overlay/--no-overlay", default=True, help="Write a video with the maps laid over.")
+def predict_command(
+    *,
+    videos: tuple[Path, ...],
+    checkpoint: Path,
+    out: Path,
+    runtime: Any,  # noqa: ANN401 - one of the choices
+    device: str | None,
+    batch: int,
+    threads: int | None,
+    **settings: Any,  # noqa: ANN401 - fields of PredictSettings
+) -> None:
+    """Write a saliency map for every frame of VIDEOS, files or folders.
+
+    Each video gets a folder below OUT with maps/<frame>.png, at the video's size, and overlay.mp4.
+    A stopped run is continued by the same command. Exits with 3 if some videos failed.
+
+    \b
+    Example:
+        python cli.py predict holiday.mp4 --checkpoint tinyhd-m-rc4.pt --out saliency
+    """
+    from stores.videos import hash_video
+    from student.predict import PredictSettings, predict_videos
+    from student.runtimes import load_runtime
+
+    runtime = runtime or ("onnxruntime" if checkpoint.suffix == ".onnx" else "torch")
+    student = load_runtime(
+        checkpoint,
+        runtime=runtime,
+        device=device or (_best_device() if runtime == "torch" else "cpu"),
+        batch=batch,
+        threads=threads,
+    )
+    report = predict_videos(
+        videos,
+        out,
+        student,
+        PredictSettings(**settings),
+        weights_hash=hash_video(checkpoint).hex(),
+    )
+    click.echo(f"{out}: {report}")
+    for name, reason in report.failures:
+        click.echo(f"  failed: {name}: {reason}")
+    if report.failures:
+        sys.exit(EXIT_SOME_FAILED)
+
+
+@cli.command("models")
+def models_command() -> None:
+    """List the students: parameters, arithmetic, and the licence of published weights.
+
+    MACs are multiply-accumulates for a clip of 16 frames at 192x256, and for each saliency map.
+
+    \b
+    Example:
+        python cli.py models
+    """
+    from student import VARIANTS, cost_of
+
+    click.echo(
+        f"{'variant':<14}{'parameters':>12}{'MACs per clip':>16}{'maps':>6}{'MACs per map':>16}"
+        "  weights"
+    )
+    for name, config in VARIANTS.items():
+        cost = cost_of(config)
+        click.echo(
+            f"{name:<14}{cost.parameters:>12,}{cost.macs:>16,}{cost.output_frames:>6}"
+            f"{cost.macs_per_map:>16,.0f}  {PUBLISHED_LICENCES.get(name, 'none published')}"
+        )
+    click.echo(
+        "\nWeights are not part of this program. Those that you train are yours, as far as your "
+        "teacher's and\nyour videos' licences allow. Published ones are turned into checkpoints by "
+        "tinyhd weights import."
+    )
+
+
+@cli.command("export")
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--format", "format_", type=click.Choice(["onnx"]), default="onnx", help="Kind.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, help="Clips at once.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write."
+)
+def export_command(*, checkpoint: Path, format_: str, batch: int, out: Path) -> None:
+    """Write the student of CHECKPOINT for other runtimes, and check the file's maps.
+
+    \b
+    Example:
+        python cli.py export tinyhd-m-rc4.pt --format onnx --out tinyhd-m-rc4.onnx
+    """
+    from student import load_model
+    from student.export import export_onnx
+
+    model = load_model(checkpoint)
+    difference = export_onnx(model, out, batch=batch)
+    height, width = model.config.height, model.config.width
+    click.echo(
+        f"{out}: {format_}, clip ({batch}, 3, 16, {height}, {width}) float32 to saliency; "
+        f"its maps are within {difference:.0e} of the checkpoint's"
+    )
 
 
 @cli.group("weights")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -14,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill.plan import Task
+from stores.ahead import read_ahead
 from stores.errors import VideoError
 from stores.frames import resize_frames
 from stores.shards import FrameSet, LabelSet, Receipt, ShardSet, VideoRow
@@ -174,7 +173,9 @@ def label_video(
     if hash_video(video.absolute) != video.content_hash:
         raise VideoError(f"{video.absolute} has changed since it was probed; start again")
     count = 0
-    with closing(_read_ahead(decode_video(video.absolute, reader=reader))) as decoded:
+    with closing(
+        read_ahead(decode_video(video.absolute, reader=reader), READ_AHEAD_FRAMES)
+    ) as decoded:
         for index, frame in enumerate(decoded):
             count = index + 1
             for filler in fillers:
@@ -186,38 +187,3 @@ def label_video(
             f"{video.absolute} gave {count} frames, but {video.frames} when it was probed; "
             "was it changed meanwhile?"
         )
-
-
-def _read_ahead(frames: Iterable[Frame]) -> Generator[Frame]:
-    """Decode in a thread, a bounded number of frames ahead of whoever labels them."""
-    ahead: queue.Queue[Frame | BaseException | None] = queue.Queue(READ_AHEAD_FRAMES)
-    is_wanted = threading.Event()
-    is_wanted.set()
-
-    def put(item: Frame | BaseException | None) -> None:
-        while is_wanted.is_set():
-            try:
-                return ahead.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def decode() -> None:
-        try:
-            for frame in frames:
-                put(frame)
-                if not is_wanted.is_set():
-                    return
-            put(None)
-        except Exception as error:  # raised again where the frames are used
-            put(error)
-
-    thread = threading.Thread(target=decode, name="decode", daemon=True)
-    thread.start()
-    try:
-        while (item := ahead.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        is_wanted.clear()
-        thread.join()

@@ -6,8 +6,9 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,28 @@ class VideoRecord:
     @property
     def absolute(self) -> Path:
         return Path(self.root) / self.path
+
+
+class VideoHeader(NamedTuple):
+    """What a container tells of its video; it may be wrong."""
+
+    frames: int
+    """0 when it does not tell."""
+    fps: Fraction
+    """Average frames per second; 0 when it does not tell."""
+
+
+def read_header(path: Path) -> VideoHeader:
+    """Read what a container tells of its video, without decoding.
+
+    Raises:
+        VideoError: If it cannot be opened as a video.
+    """
+    with _open_container(path) as container:
+        stream = _video_stream(container, path)
+        fps = Fraction(stream.average_rate or 0)
+        seconds = float((stream.duration or 0) * (stream.time_base or 0))
+        return VideoHeader(stream.frames or round(seconds * fps), fps)
 
 
 def find_videos(paths: Sequence[Path]) -> list[VideoFile]:
@@ -127,7 +150,7 @@ def probe_video(
         frames=frames,
         height=height,
         width=width,
-        fps=_average_rate(video.absolute),
+        fps=float(read_header(video.absolute).fps),
     )
 
 
@@ -200,11 +223,6 @@ def _decode_with_pyav(path: Path) -> Iterator[Frame]:
             # The end of a cut file: what was decoded stands; nothing decoded is an error.
             if not width:
                 raise VideoError(f"cannot decode {path}: {error.strerror}") from error
-
-
-def _average_rate(path: Path) -> float:
-    with _open_container(path) as container:
-        return float(_video_stream(container, path).average_rate or 0)
 
 
 def _open_container(path: Path) -> Any:  # noqa: ANN401 - PyAV's input container

@@ -2,6 +2,7 @@
 
 from student.checkpoints import CheckpointError, load_model, save_checkpoint
 from student.config import VARIANTS, TinyHDConfig, build_config
+from student.cost import cost_of
 from student.losses import LossWeights
 from student.reference import (
     WeightsError,
@@ -27,6 +28,7 @@ __all__ = [
     "TrainingError",
     "WeightsError",
     "build_config",
+    "cost_of",
     "export_weights",
     "import_weights",
     "inflate_encoder",

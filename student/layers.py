@@ -3,10 +3,13 @@
 Features are ``(B, C, T, H, W)`` and lie in memory as ``channels_last_3d``: channels together, then
 columns, rows, frames. In that order the frames of all clips are also a batch of pictures, without
 a copy, and whatever does not mix frames is done to pictures: two-dimensional layers are many times
-faster. Numbers stay the same up to rounding.
+faster. Other runtimes have layouts of their own, in which that view would be a copy: exported
+graphs stay five-dimensional. Numbers are the same up to rounding.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +25,12 @@ class Conv(nn.Conv3d):
 
     def forward(self, features: Tensor) -> Tensor:
         kernel, padding = self.kernel_size[0], int(self.padding[0])
-        if torch.compiler.is_exporting() or not (
-            kernel == 1 or (features.shape[2] == 1 and padding)
-        ):
-            return super().forward(features)  # who reads an export has layouts of its own
+        if torch.compiler.is_exporting():
+            return super().forward(features)
+        if kernel > 1 and (features.shape[2] > 1 or not padding):
+            # Without oneDNN, at a third of the speed, PyTorch would compute a lone clip's stem.
+            is_slow = self.groups == 1 and len(features) == 1 and features.device.type == "cpu"
+            return self._stack_frames(features) if is_slow else super().forward(features)
         pictures = F.conv2d(
             as_pictures(features),
             self.weight[:, :, padding],
@@ -34,6 +39,20 @@ class Conv(nn.Conv3d):
             self.padding[1:],
             self.dilation[1:],
             self.groups,
+        )
+        return as_clips(pictures, len(features))
+
+    def _stack_frames(self, features: Tensor) -> Tensor:
+        """Convolve pictures whose channels are those of all frames that the kernel spans."""
+        kernel, stride, padding = self.kernel_size[0], self.stride[0], int(self.padding[0])
+        padded = F.pad(features, (0, 0, 0, 0, padding, padding))
+        windows = padded.unfold(2, kernel, stride).permute(0, 2, 1, 5, 3, 4)  # B T' C k H W
+        pictures = F.conv2d(
+            windows.flatten(2, 3).flatten(0, 1),
+            self.weight.flatten(1, 2).contiguous(memory_format=torch.channels_last),
+            self.bias,
+            self.stride[1:],
+            self.padding[1:],
         )
         return as_clips(pictures, len(features))
 
@@ -59,7 +78,14 @@ def shuffle_up(features: Tensor) -> Tensor:
         - features: ``(B, 4 * C, T, H, W)``
         - returns: ``(B, C, T, 2 * H, 2 * W)``
     """
-    return as_clips(F.pixel_shuffle(as_pictures(features), 2), len(features))
+    if not torch.compiler.is_exporting():
+        return as_clips(F.pixel_shuffle(as_pictures(features), 2), len(features))
+    batch, channels, frames, height, width = features.shape
+    last = features.permute(0, 2, 3, 4, 1)
+    taken = last.reshape(batch, frames, height, width, channels // 4, 2, 2)  # B T H W C dy dx
+    placed = taken.permute(0, 1, 2, 5, 3, 6, 4)
+    doubled = placed.reshape(batch, frames, 2 * height, 2 * width, channels // 4)
+    return doubled.permute(0, 4, 1, 2, 3)
 
 
 def interpolate_up(features: Tensor) -> Tensor:
@@ -69,6 +95,8 @@ def interpolate_up(features: Tensor) -> Tensor:
         - features: ``(B, C, T, H, W)``
         - returns: ``(B, C, T, 2 * H, 2 * W)``
     """
+    if torch.compiler.is_exporting():
+        return F.interpolate(features, scale_factor=(1, 2, 2), mode="trilinear", align_corners=True)
     pictures = as_pictures(features)
     doubled = F.interpolate(pictures, scale_factor=2, mode="bilinear", align_corners=True)
     return as_clips(doubled, len(features))
@@ -84,10 +112,24 @@ def double_frames(features: Tensor) -> Tensor:
     batch, channels, frames, height, width = features.shape
     if frames == 1:
         return torch.cat([features, features], 2)
+    if torch.compiler.is_exporting():
+        return torch.cat(list(_doubled_frames(features)), 2)
     weights = _doubling_weights(frames, features)
     rows = features.permute(0, 2, 3, 4, 1).reshape(batch, frames, -1)
     doubled = (weights @ rows).view(batch, 2 * frames, height, width, channels)
     return doubled.permute(0, 4, 1, 2, 3)
+
+
+def _doubled_frames(features: Tensor) -> Iterator[Tensor]:
+    frames = torch.split(features, 1, 2)
+    steps = 2 * len(frames) - 1
+    for index in range(2 * len(frames)):
+        first, rest = divmod(index * (len(frames) - 1), steps)
+        share = rest / steps
+        if rest:
+            yield frames[first] * (1 - share) + frames[first + 1] * share
+        else:
+            yield frames[first]
 
 
 def _doubling_weights(frames: int, like: Tensor) -> Tensor:

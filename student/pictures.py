@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,25 +16,53 @@ Picture = npt.NDArray[np.uint8]
 Map = npt.NDArray[np.float32]
 """Saliency map, ``(height, width)``, non-negative."""
 
+GrayMap = npt.NDArray[np.uint8]
+"""Saliency map as gray values, ``(height, width)``."""
+
 # Black, red, yellow, white at even distances; brightness rises all the way.
 COLOUR_STOPS: Final = ((0, 0, 0), (190, 20, 30), (255, 190, 40), (255, 255, 255))
 OVERLAY_OPACITY: Final = 0.75
+COLOURS: Final[Picture] = (
+    np.stack(
+        [
+            np.interp(np.arange(256), np.linspace(0, 255, len(COLOUR_STOPS)), channel)
+            for channel in zip(*COLOUR_STOPS, strict=True)
+        ],
+        -1,
+    )
+    .round()
+    .astype(np.uint8)
+)
+"""Colour of each gray value."""
+OPACITIES: Final[GrayMap] = (OVERLAY_OPACITY * np.arange(256)).round().astype(np.uint8)
 CAPTION_HEIGHT: Final = 24
 
 
 def colour_map(saliency: Map) -> Picture:
     """Colour a map between its minimum and its maximum; a constant map is black."""
-    values = _stretch(saliency)
-    stops = np.linspace(0, 1, len(COLOUR_STOPS))
-    channels = [np.interp(values, stops, channel) for channel in zip(*COLOUR_STOPS, strict=True)]
-    return np.stack(channels, -1).round().astype(np.uint8)
+    return COLOURS[gray_map(saliency)]
+
+
+def gray_map(saliency: Map) -> GrayMap:
+    """Scale a map from its minimum, black, to its maximum, white; a constant map is black."""
+    low, high = float(saliency.min()), float(saliency.max())
+    scale = 255 / (high - low) if high > low else 0.0
+    return ((saliency - low) * scale).round().astype(np.uint8)
 
 
 def overlay_map(frame: Picture, saliency: Map) -> Picture:
     """Lay a map over its frame: the more salient, the less of the frame shows through."""
-    resized = resize_map(saliency, *frame.shape[:2])
-    opacity = OVERLAY_OPACITY * _stretch(resized)[..., None]
-    return (frame * (1 - opacity) + colour_map(resized) * opacity).round().astype(np.uint8)
+    return overlay_gray(frame, gray_map(resize_map(saliency, *frame.shape[:2])))
+
+
+def overlay_gray(frame: Picture, gray: GrayMap) -> Picture:
+    """Lay a map of the frame's size, as :func:`gray_map` gives it, over the frame."""
+    shades = Image.fromarray(gray)
+    coloured = shades.copy()
+    coloured.putpalette(COLOURS.tobytes())  # several times faster than looking up in an array
+    opacity = shades.point(OPACITIES.tolist())
+    overlay = Image.composite(coloured.convert("RGB"), Image.fromarray(frame), opacity)
+    return np.asarray(overlay)
 
 
 def resize_map(saliency: Map, height: int, width: int) -> Map:
@@ -91,23 +119,50 @@ def save_picture(path: Path, picture: Picture) -> None:
 
 def save_video(path: Path, frames: Iterable[Picture], *, fps: Fraction | int = 25) -> None:
     """Write frames of one even size as H.264, whole or not at all."""
-    import av
-
-    partial = path.with_name(f"partial.{path.name}")
-    with av.open(str(partial), "w") as container:
-        stream = None
+    with VideoWriter(path, fps=fps) as writer:
         for picture in frames:
-            if stream is None:
-                stream = container.add_stream("libx264", rate=fps, options={"crf": "20"})
-                stream.height, stream.width = picture.shape[:2]
-                stream.pix_fmt = "yuv420p"
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(stream.encode(frame))
-        if stream is not None:
-            container.mux(stream.encode())
-    partial.replace(path)
+            writer.write(picture)
 
 
-def _stretch(saliency: Map) -> Map:
-    low, high = float(saliency.min()), float(saliency.max())
-    return (saliency - low) / (high - low) if high > low else np.zeros_like(saliency)
+class VideoWriter:
+    """Write frames of one even size as H.264, whole or not at all. Use in a ``with``.
+
+    Args:
+        path: The file; an older one is replaced when all is written.
+        fps: Frames per second.
+        threads: Threads of the encoder.  Default: as many as it likes.
+    """
+
+    def __init__(self, path: Path, *, fps: Fraction | int, threads: int = 0) -> None:
+        self._path, self._fps, self._threads = path, fps, threads
+        self._partial = path.with_name(f"partial.{path.name}")
+
+    def __enter__(self) -> VideoWriter:
+        import av
+
+        self._container = av.open(str(self._partial), "w")
+        self._stream: Any = None
+        return self
+
+    def write(self, picture: Picture) -> None:
+        """Append a frame."""
+        import av
+
+        if self._stream is None:
+            options = {"crf": "20", "preset": "veryfast"}
+            self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
+            self._stream.height, self._stream.width = picture.shape[:2]
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.thread_count = self._threads
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        self._container.mux(self._stream.encode(frame))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._container.close()
+            self._partial.unlink(missing_ok=True)
+            return
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())
+        self._container.close()
+        self._partial.replace(self._path)

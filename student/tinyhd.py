@@ -97,7 +97,7 @@ class TinyHD(nn.Module):
 
     def forward(self, clip: Tensor) -> StudentOutput:
         _check_clip(clip)
-        levels = self.encoder(clip.contiguous(memory_format=torch.channels_last_3d))
+        levels = self.encoder(clip)
         map_logits = {name: decode(levels) for name, decode in self.decoders.items()}  # B K T' H W
         return StudentOutput(self._fuse(map_logits), map_logits)
 

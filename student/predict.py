@@ -1,0 +1,388 @@
+"""A saliency map for every frame of a video: as pictures, and laid over the video."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from stores.ahead import read_ahead
+from stores.errors import TinyHDError, VideoError
+from stores.frames import resize_frames
+from stores.progress import Progress
+from stores.videos import (
+    Frame,
+    VideoFile,
+    decode_video,
+    find_videos,
+    hash_video,
+    read_header,
+)
+from student.config import CLIP_FRAMES, TinyHDConfig
+from student.pictures import GrayMap, Map, VideoWriter, gray_map, overlay_gray, resize_map
+from student.runtimes import Runtime
+from student.tinyhd import normalise_frames
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_FRAMES: Final = 16
+RENDER_THREADS: Final = 2
+WAITING_FRAMES: Final = 32
+"""Frames that may wait to be drawn and written."""
+DEFAULT_FPS: Final = Fraction(25)
+"""Of an overlay whose video does not tell its own."""
+RECORD: Final = "prediction.json"
+
+PostProcessing = Literal["plain", "paper"]
+Item = TypeVar("Item")
+
+
+class PredictionError(TinyHDError):
+    """Predictions cannot be written where they are wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSettings:
+    """What is written of a prediction, and how maps are made visible."""
+
+    post_processing: PostProcessing = "plain"
+    """``plain``: each map scaled to 0..255 and resized bilinearly. ``paper``: as the published maps
+    were made, with bicubic resizing and a blur."""
+    maps: bool = True
+    """Write each map as a gray PNG of the video's size."""
+    overlay: bool = True
+    """Write a video with the maps laid over the frames."""
+
+    def __post_init__(self) -> None:
+        if not (self.maps or self.overlay):
+            raise ValueError("neither maps nor an overlay are wanted: nothing would be written")
+
+
+@dataclass
+class PredictReport:
+    """What was done."""
+
+    videos: int = 0
+    skipped: int = 0
+    """Videos that an earlier run had done."""
+    frames: int = 0
+    seconds: float = 0.0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    """Videos that could not be done, and why."""
+
+    def __str__(self) -> str:
+        rate = self.frames / self.seconds if self.seconds else 0.0
+        parts = [f"{self.videos} videos, {self.frames} frames in {self.seconds:.1f} s"]
+        parts[0] += f" ({rate:.1f} per second)" if self.frames else ""
+        if self.skipped:
+            parts.append(f"{self.skipped} were done before")
+        if self.failures:
+            parts.append(f"{len(self.failures)} failed")
+        return ", ".join(parts)
+
+
+class Window(NamedTuple, Generic[Item]):
+    """Frames that the network sees at once."""
+
+    frames: tuple[Item, ...]
+    """Oldest first; before the video's beginning, its first frame is repeated."""
+    newest: int
+    """Index of the newest frame."""
+
+
+def clip_windows(frames: Iterable[Item], *, output_frames: int) -> Iterator[Window[Item]]:
+    """Slide over a video so that every frame is among the newest ``output_frames`` of a window.
+
+    A TinyHD-S gets a window for each frame, a TinyHD-M windows that do not overlap in the frames
+    they map; but the last window ends with the video (TinyHD's published evaluation does so).
+    """
+    ring: deque[Item] = deque(maxlen=CLIP_FRAMES)
+    count = 0
+    for frame in frames:
+        ring.extend([frame] if count else [frame] * CLIP_FRAMES)
+        count += 1
+        if count % output_frames == 0:
+            yield Window(tuple(ring), count - 1)
+    if count % output_frames:
+        yield Window(tuple(ring), count - 1)
+
+
+def predict_videos(
+    paths: Sequence[Path],
+    out: Path,
+    runtime: Runtime,
+    settings: PredictSettings,
+    *,
+    weights_hash: str,
+) -> PredictReport:
+    """Write saliency maps of videos below ``out``, a folder for each.
+
+    What an earlier run wrote is kept: finished videos are skipped, and of a video that it was
+    stopped in, frames that have their picture are not computed again.
+
+    Args:
+        paths: Videos, or folders that are searched for them.
+        out: Where to write: ``<video>/maps/<frame>.png``, ``<video>/overlay.mp4`` and a record.
+        runtime: The student.
+        settings: What to write.
+        weights_hash: SHA-256 of the student's file, which decides what can be kept.
+
+    Raises:
+        VideoError: If a path holds no video.
+        PredictionError: If ``out`` has other predictions of a video.
+    """
+    videos = find_videos(paths)
+    frames = {video.id: _frames_told(video) for video in videos}
+    report = PredictReport()
+    total = sum(frames.values())
+    with Progress(total, unit="frames", label="predict") as progress:
+        for video in videos:
+            try:
+                record = _record(video, runtime.config, settings, weights_hash)
+                if _is_done(out / video.id, record):
+                    report.skipped += 1
+                    progress.advance(frames[video.id])
+                    continue
+                began = time.monotonic()
+                report.frames += _predict_video(video, out, runtime, settings, record, progress)
+                report.seconds += time.monotonic() - began
+                report.videos += 1
+            except VideoError as error:
+                log.warning("%s: %s", video.id, error)
+                shutil.rmtree(_partial(out / video.id), ignore_errors=True)
+                report.failures.append((video.id, str(error)))
+    return report
+
+
+def _predict_video(
+    video: VideoFile,
+    out: Path,
+    runtime: Runtime,
+    settings: PredictSettings,
+    record: dict[str, Any],
+    progress: Progress,
+) -> int:
+    """Write all of one video; return its number of frames."""
+    folder = _begin(out / video.id, record)
+    header = read_header(video.absolute)
+    count = 0
+    with ExitStack() as stack:
+        frames = stack.enter_context(
+            closing(read_ahead(_prepare(video.absolute, runtime.config), READ_AHEAD_FRAMES))
+        )
+        overlay = None
+        if settings.overlay:
+            fps = header.fps or DEFAULT_FPS
+            overlay = stack.enter_context(VideoWriter(folder / "overlay.mp4", fps=fps))
+        writer = _Writer(folder, settings, overlay)
+        stack.enter_context(closing(writer))
+        for index, frame, saliency in _mapped(frames, runtime, writer.known):
+            writer.write(index, frame, saliency)
+            progress.advance()
+            count += 1
+        writer.finish()
+    (folder / RECORD).write_text(json.dumps(record | {"frames": count}, indent=1) + "\n")
+    folder.replace(out / video.id)
+    return count
+
+
+class _Prepared(NamedTuple):
+    number: int
+    """The frame's index."""
+    native: Frame
+    pixels: npt.NDArray[np.float32]
+    """``(3, H, W)``, as the network wants them."""
+
+
+def _prepare(path: Path, config: TinyHDConfig) -> Iterator[_Prepared]:
+    for index, frame in enumerate(decode_video(path)):
+        resized = resize_frames(frame[None], config.height, config.width)
+        clip = normalise_frames(torch.from_numpy(resized)[None])  # 1 3 1 H W
+        yield _Prepared(index, frame, clip[0, :, 0].contiguous().numpy())
+
+
+def _mapped(
+    frames: Iterable[_Prepared], runtime: Runtime, known: set[int]
+) -> Iterator[tuple[int, Frame, Map | None]]:
+    """Yield every frame with its map, in order; without a map where it is known already.
+
+    A frame waits until no later window can map it again: the last one overlaps the one before.
+    """
+    number = runtime.config.output_frames
+    waiting: dict[int, tuple[Frame, Map | None]] = {}
+    windows = clip_windows(frames, output_frames=number)
+    while batch := list(islice(windows, runtime.batch)):
+        wanted = [window for window in batch if not known.issuperset(_indices(window, number))]
+        maps = iter(runtime.predict(_clips(wanted)) if wanted else ())
+        for window in batch:
+            indices = _indices(window, number)
+            window_maps = next(maps)[-len(indices) :] if window in wanted else [None] * len(indices)
+            for index in [index for index in waiting if index < indices[0]]:
+                yield index, *waiting.pop(index)
+            for prepared, saliency in zip(window.frames[-len(indices) :], window_maps, strict=True):
+                waiting[prepared.number] = (prepared.native, saliency)
+    for index, (frame, saliency) in waiting.items():
+        yield index, frame, saliency
+
+
+def _indices(window: Window[_Prepared], number: int) -> range:
+    return range(max(0, window.newest + 1 - number), window.newest + 1)
+
+
+def _clips(windows: Sequence[Window[_Prepared]]) -> npt.NDArray[np.float32]:
+    """Return ``(B, 3, 16, H, W)``."""
+    return np.stack([np.stack([frame.pixels for frame in w.frames], 1) for w in windows])
+
+
+class _Writer:
+    """Draw and write in threads while the network computes; in order where order matters."""
+
+    def __init__(
+        self, folder: Path, settings: PredictSettings, overlay: VideoWriter | None
+    ) -> None:
+        self._maps, self._settings, self._overlay = folder / "maps", settings, overlay
+        self._maps.mkdir(exist_ok=True)
+        self.known = {int(file.stem) for file in self._maps.glob("[0-9]*.png")}
+        """Frames whose map an earlier run has written."""
+        self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="render")
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")  # one: in order
+        self._waiting: deque[Future[None]] = deque()
+
+    def write(self, index: int, frame: Frame, saliency: Map | None) -> None:
+        """Take the next frame; wait if too many are waiting."""
+        drawn = self._pool.submit(self._draw, index, frame, saliency)
+        self._waiting.append(self._encoder.submit(self._encode, drawn))
+        while len(self._waiting) > WAITING_FRAMES or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()
+
+    def finish(self) -> None:
+        """Write what is still waiting."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        if not self._settings.maps:
+            self._maps.rmdir()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._encoder.shutdown(wait=True, cancel_futures=True)
+
+    def _draw(self, index: int, frame: Frame, saliency: Map | None) -> npt.NDArray[np.uint8] | None:
+        path = self._maps / f"{index:06d}.png"
+        if saliency is None:
+            gray = np.asarray(Image.open(path))
+        else:
+            height, width = frame.shape[:2]
+            gray = finish_map(saliency, height, width, self._settings.post_processing)
+            if self._settings.maps:
+                partial = path.with_suffix(".partial")
+                Image.fromarray(gray).save(partial, format="png", compress_level=1)
+                partial.replace(path)
+        if self._overlay is None:
+            return None
+        rows, columns = (length - length % 2 for length in gray.shape)  # as H.264 wants it
+        return overlay_gray(frame, gray)[:rows, :columns]
+
+    def _encode(self, drawn: Future[npt.NDArray[np.uint8] | None]) -> None:
+        picture = drawn.result()
+        if self._overlay is not None and picture is not None:
+            self._overlay.write(picture)
+
+
+def finish_map(saliency: Map, height: int, width: int, how: PostProcessing) -> GrayMap:
+    """Make a map of the network visible at a video's size.
+
+    ``paper`` follows TinyHD's published evaluation: scaled between minimum and maximum, cut to 8
+    bits, resized bicubically (a = -0.75), blurred with a Gaussian of 5x5 pixels and sigma 1.1.
+
+    Args:
+        saliency: ``(h, w)``.
+        height: Rows of the result.
+        width: Columns of the result.
+        how: ``plain`` or ``paper``.
+
+    Returns:
+        ``(height, width)``; a constant map is black.
+    """
+    if how == "plain":
+        return gray_map(resize_map(saliency, height, width))
+    low, high = float(saliency.min()), float(saliency.max())
+    scaled = (saliency - low) / (high - low) * 255 if high > low else np.zeros_like(saliency)
+    gray = torch.from_numpy(np.floor(scaled))[None, None]
+    resized = F.interpolate(gray, (height, width), mode="bicubic").round().clamp(0, 255)
+    offsets = torch.arange(-2, 3, dtype=torch.float32)
+    kernel = torch.exp(-offsets.square() / (2 * 1.1**2))
+    kernel = kernel / kernel.sum()
+    padded = F.pad(resized, (2, 2, 2, 2), mode="reflect")
+    blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 5, 1)), kernel.view(1, 1, 1, 5))
+    return blurred.round().clamp(0, 255)[0, 0].numpy().astype(np.uint8)
+
+
+def _frames_told(video: VideoFile) -> int:
+    try:
+        return read_header(video.absolute).frames
+    except VideoError:  # reported when its turn comes
+        return 0
+
+
+def _record(
+    video: VideoFile, config: TinyHDConfig, settings: PredictSettings, weights_hash: str
+) -> dict[str, Any]:
+    """Tell all that decides the maps of a video."""
+    return {
+        "video": video.path,
+        "video_sha256": hash_video(video.absolute).hex(),
+        "weights_sha256": weights_hash,
+        "config": config.to_dict(),
+        **asdict(settings),
+    }
+
+
+def _is_done(folder: Path, record: dict[str, Any]) -> bool:
+    if not folder.exists():
+        return False
+    found = _read_record(folder)
+    if {key: found.get(key) for key in record} == record:
+        return True
+    raise PredictionError(
+        f"{folder} is there already and holds something else than this prediction; "
+        "remove it, or choose another folder with --out"
+    )
+
+
+def _begin(folder: Path, record: dict[str, Any]) -> Path:
+    """Return the folder to write into until all is done; keep what fits of an earlier run."""
+    partial = _partial(folder)
+    if partial.exists() and _read_record(partial) != record:
+        shutil.rmtree(partial)
+    if not partial.exists():
+        partial.mkdir(parents=True)
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return partial
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
