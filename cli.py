@@ -188,7 +188,9 @@ def train_command(
         python cli.py train --store targets.zarr --out runs/first
     """
     from student import LossWeights, TrainConfig, build_config, train
+    from student.memory import keep_freed_memory
 
+    keep_freed_memory()
     height, width = size
     config = TrainConfig(
         student=build_config(variant, height=height, width=width),
@@ -261,9 +263,11 @@ def predict_command(
         python cli.py predict holiday.mp4 --checkpoint tinyhd-m-rc4.pt --out saliency
     """
     from stores.videos import hash_video
+    from student.memory import keep_freed_memory
     from student.predict import PredictSettings, predict_videos
     from student.runtimes import load_runtime
 
+    keep_freed_memory()
     runtime = runtime or ("onnxruntime" if checkpoint.suffix == ".onnx" else "torch")
     student = load_runtime(
         checkpoint,

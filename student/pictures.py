@@ -130,11 +130,10 @@ class VideoWriter:
     Args:
         path: The file; an older one is replaced when all is written.
         fps: Frames per second.
-        threads: Threads of the encoder.  Default: as many as it likes.
     """
 
-    def __init__(self, path: Path, *, fps: Fraction | int, threads: int = 0) -> None:
-        self._path, self._fps, self._threads = path, fps, threads
+    def __init__(self, path: Path, *, fps: Fraction | int) -> None:
+        self._path, self._fps = path, fps
         self._partial = path.with_name(f"partial.{path.name}")
 
     def __enter__(self) -> VideoWriter:
@@ -147,13 +146,15 @@ class VideoWriter:
     def write(self, picture: Picture) -> None:
         """Append a frame."""
         import av
+        from av.codec.context import Flags
 
         if self._stream is None:
             options = {"crf": "20", "preset": "veryfast"}
             self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
             self._stream.height, self._stream.width = picture.shape[:2]
             self._stream.pix_fmt = "yuv420p"
-            self._stream.thread_count = self._threads
+            # Otherwise the same frames give other bytes, depending on how threads are scheduled.
+            self._stream.codec_context.flags |= Flags.bitexact
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         self._container.mux(self._stream.encode(frame))
 
