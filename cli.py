@@ -232,7 +232,9 @@ def train_command(
 @click.option(
     "--device", help="Where torch computes, e.g. cuda:1.  [default: a GPU if there is one]"
 )
-@click.option("--batch", type=click.IntRange(min=1), default=1, help="Clips at once.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), help="Clips at once.  [default: 1, or the ONNX file's]"
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: all CPUs]")
 @click.option(
     "--post-processing",
@@ -249,7 +251,7 @@ def predict_command(
     out: Path,
     runtime: Any,  # noqa: ANN401 - one of the choices
     device: str | None,
-    batch: int,
+    batch: int | None,
     threads: int | None,
     **settings: Any,  # noqa: ANN401 - fields of PredictSettings
 ) -> None:
@@ -262,7 +264,7 @@ def predict_command(
     Example:
         python cli.py predict holiday.mp4 --checkpoint tinyhd-m-rc4.pt --out saliency
     """
-    from stores.videos import hash_video
+    from stores.videos import hash_file
     from student.memory import keep_freed_memory
     from student.predict import PredictSettings, predict_videos
     from student.runtimes import load_runtime
@@ -281,7 +283,7 @@ def predict_command(
         out,
         student,
         PredictSettings(**settings),
-        weights_hash=hash_video(checkpoint).hex(),
+        weights_hash=hash_file(checkpoint).hex(),
     )
     click.echo(f"{out}: {report}")
     for name, reason in report.failures:
@@ -336,6 +338,8 @@ def export_command(*, checkpoint: Path, format_: str, batch: int, out: Path) -> 
     from student import load_model
     from student.export import export_onnx
 
+    if out.suffix != ".onnx":
+        raise click.UsageError(f"--out must end in .onnx, got {out}")
     model = load_model(checkpoint)
     difference = export_onnx(model, out, batch=batch)
     height, width = model.config.height, model.config.width
@@ -374,6 +378,7 @@ def import_command(
 
     from student import build_config, import_weights, read_weights, save_checkpoint
 
+    _refuse_same(file, out)
     height, width = size
     config = replace(build_config(variant, height=height, width=width), d1_last=d1_last)
     model = import_weights(read_weights(file), **config.to_dict())
@@ -395,6 +400,7 @@ def export_weights_command(checkpoint: Path, out: Path) -> None:
     """
     from student import load_model, save_published_weights
 
+    _refuse_same(checkpoint, out)
     save_published_weights(out, load_model(checkpoint))
     click.echo(f"{out}: weights under the published names; they do not tell the configuration")
 
@@ -432,6 +438,7 @@ def inflate_command(
 
     from student import TinyHD, build_config, inflate_encoder, read_weights, save_checkpoint
 
+    _refuse_same(file, out)
     height, width = size
     torch.manual_seed(seed)
     model = TinyHD(build_config(variant, height=height, width=width))
@@ -476,6 +483,11 @@ def _set_up_logging(level: int) -> None:
     root.setLevel(logging.WARNING)
     for name in ("distill", "student", "teachers", "stores", __name__):
         logging.getLogger(name).setLevel(level)
+
+
+def _refuse_same(given: Path, out: Path) -> None:
+    if out.exists() and out.samefile(given):
+        raise click.UsageError(f"--out is the file that is read, {given}; choose another")
 
 
 def _best_device() -> str:

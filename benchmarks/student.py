@@ -9,13 +9,18 @@ Run: python benchmarks/student.py [--rounds 9] [--threads 2] [--training] [--str
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# The project's root: a file here has the name of the package student.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import argparse
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +32,7 @@ from student.export import export_onnx
 from student.memory import keep_freed_memory
 from student.reference import export_weights
 from student.runtimes import OnnxRuntime, OpenVino
+from student.streaming import StreamingStudent
 from student.tinyhd import TinyHD
 
 GMACS_PER_SECOND = 29e9
@@ -41,6 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2, help="clips of a training step")
     parser.add_argument("--training", action="store_true", help="time training steps instead")
+    parser.add_argument("--streaming", action="store_true", help="time frame after frame instead")
     parser.add_argument("--keep-memory", action="store_true", help="as tinyhd predict does")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -49,7 +56,13 @@ def main() -> None:
         f"{_processor()}, {options.threads} threads, torch {torch.__version__}, median of "
         f"{options.rounds} interleaved rounds{', freed memory kept' if kept else ''}"
     )
-    compare = _compare_training if options.training else _compare_inference
+    compare = (
+        _compare_training
+        if options.training
+        else _compare_streaming
+        if options.streaming
+        else _compare_inference
+    )
     for variant in options.variants:
         compare(variant, VARIANTS[variant], options)
 
@@ -110,6 +123,33 @@ def _compare_training(variant: str, config: TinyHDConfig, options: argparse.Name
     print(f"\n{variant}: training step (forward and backward) of {options.batch} clips")
     for name, time_ in seconds.items():
         print(f"  {name:<20} {time_:.3f} s per step, {base / time_:5.2f} times as fast")
+
+
+def _compare_streaming(variant: str, config: TinyHDConfig, options: argparse.Namespace) -> None:
+    if config.is_multi:
+        return
+    torch.manual_seed(0)
+    model = TinyHD(config).for_inference()
+    student = StreamingStudent(model)
+    video = torch.randn(1, 3, 17 + options.rounds, config.height, config.width)
+    clips = [video[:, :, start : start + 16].contiguous() for start in range(options.rounds + 2)]
+    for start in (0, 1):
+        student.see(clips[start], start)
+    numbers = {name: iter(range(1, options.rounds + 2)) for name in ("whole", "shared")}
+
+    def see_whole() -> None:
+        model(clips[next(numbers["whole"])])
+
+    def see_shared() -> None:
+        start = next(numbers["shared"])
+        student.see(clips[start], start)
+
+    with torch.inference_mode():
+        seconds = _take_turns({"whole clips": see_whole, "shared": see_shared}, options.rounds)
+    base = seconds["whole clips"]
+    print(f"\n{variant}: a map for each frame of a video, clips one frame apart")
+    for name, time_ in seconds.items():
+        print(f"  {name:<20} {time_:.3f} s per frame, {base / time_:5.2f} times as fast")
 
 
 def _backward(saliency: Tensor, maps: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from stores.ahead import read_ahead
 from stores.errors import VideoError
 from stores.frames import resize_frames
 from stores.shards import FrameSet, LabelSet, Receipt, ShardSet, VideoRow
-from stores.videos import Frame, Reader, decode_video, hash_video
+from stores.videos import Frame, Reader, decode_video, hash_file
 from teachers.base import Teacher
 
 READ_AHEAD_FRAMES: Final = 32
@@ -170,7 +170,7 @@ def label_video(
     ]
     if frames is not None:
         fillers.append(FrameFiller(frames, video, task.frame_shards))
-    if hash_video(video.absolute) != video.content_hash:
+    if hash_file(video.absolute) != video.content_hash:
         raise VideoError(f"{video.absolute} has changed since it was probed; start again")
     count = 0
     with closing(

@@ -9,7 +9,7 @@ from stores.errors import VideoError
 from stores.progress import Progress
 from stores.shards import FrameSet, LabelSet, ShardSet, VideoRow
 from stores.targets import TargetStore
-from stores.videos import Reader, VideoFile, VideoRecord, hash_video, probe_video
+from stores.videos import Reader, VideoFile, VideoRecord, hash_file, probe_video
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def probe_videos(
             try:
                 if _as_text(file.path) != file.path:
                     raise VideoError(f"the name {file.path!a} is not text; rename the file")
-                digest = hash_video(file.absolute)
+                digest = hash_file(file.absolute)
                 known = store.find_content(digest) if store is not None else None
                 if known is None:
                     records.append(probe_video(file, content_hash=digest, reader=reader))

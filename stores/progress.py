@@ -18,7 +18,7 @@ class Progress:
     """Count units of work; show rate and remaining time. Use in a ``with``.
 
     Args:
-        total: Units in all.
+        total: Units in all; 0 if that is not known.
         unit: What is counted, in the plural.
         label: What is being done.
         done: Units that an earlier run did; they do not count for the rate.
@@ -29,7 +29,7 @@ class Progress:
         self._done = self._start = self._last = done
         self._began = self._logged = time.monotonic()
         self._bar = (
-            tqdm(total=total, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True)
+            tqdm(total=total or None, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True)
             if sys.stderr.isatty()
             else None
         )
@@ -56,6 +56,14 @@ class Progress:
     def _log(self, note: str = "") -> None:
         self._logged, self._last = time.monotonic(), self._done
         rate = (self._done - self._start) / max(self._logged - self._began, 1e-9)
+        if self._done > self._total:  # the total was an estimate
+            self._total = 0
+        if not self._total:
+            log.info(
+                "%s: %d %s, %.1f per second%s",
+                *(self._label, self._done, self._unit, rate, f", {note}" if note else ""),
+            )
+            return
         left = tqdm.format_interval((self._total - self._done) / rate) if rate else "unknown"
         log.info(
             "%s: %d of %d %s, %.1f per second, %s left%s",

@@ -65,6 +65,8 @@ class VideoHeader(NamedTuple):
     """0 when it does not tell."""
     fps: Fraction
     """Average frames per second; 0 when it does not tell."""
+    height: int
+    width: int
 
 
 def read_header(path: Path) -> VideoHeader:
@@ -77,7 +79,8 @@ def read_header(path: Path) -> VideoHeader:
         stream = _video_stream(container, path)
         fps = Fraction(stream.average_rate or 0)
         seconds = float((stream.duration or 0) * (stream.time_base or 0))
-        return VideoHeader(stream.frames or round(seconds * fps), fps)
+        frames = stream.frames or round(seconds * fps)
+        return VideoHeader(frames, fps, stream.height or 0, stream.width or 0)
 
 
 def find_videos(paths: Sequence[Path]) -> list[VideoFile]:
@@ -114,7 +117,7 @@ def find_videos(paths: Sequence[Path]) -> list[VideoFile]:
     return [found[id_] for id_ in sorted(found)]
 
 
-def hash_video(path: Path) -> bytes:
+def hash_file(path: Path) -> bytes:
     """Return the SHA-256 of a file.
 
     Raises:
@@ -137,7 +140,7 @@ def probe_video(
     Raises:
         VideoError: If there is not one frame that can be decoded.
     """
-    digest = content_hash or hash_video(video.absolute)
+    digest = content_hash or hash_file(video.absolute)
     frames = height = width = 0
     for frame in decode_video(video.absolute, reader=reader):
         frames += 1

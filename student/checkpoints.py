@@ -28,7 +28,13 @@ def save_checkpoint(path: Path, model: TinyHD, **state: Any) -> None:  # noqa: A
         path: The file; an older one is replaced.
         model: Its weights and configuration are kept.
         state: What else must survive; tensors and plain values only.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+        ValueError: If the network is in its form for inference.
     """
+    if model.is_folded:
+        raise ValueError("the form for inference is not kept; save the network that it was made of")
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -92,5 +98,9 @@ def load_model(path: Path) -> TinyHD:
         model = TinyHD(TinyHDConfig.from_dict(content["config"]))
         model.load_state_dict(content["weights"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the weights in {path} do not fit its configuration") from error
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__
+        raise CheckpointError(
+            f"the weights in {path} do not fit its configuration: {reason}"
+        ) from error
     return model.eval()

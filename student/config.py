@@ -49,7 +49,7 @@ class TinyHDConfig:
             ("output_frames", get_args(OutputFrames)),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in choices:
+            if type(value) is not int or value not in choices:
                 known = ", ".join(map(str, choices[:-1]))
                 raise ValueError(f"{name} must be {known} or {choices[-1]}, got {value!r}")
         for name in ("force_multi", "d1_last"):
@@ -173,4 +173,8 @@ def build_config(
     if variant not in VARIANTS:
         raise ValueError(f"no student variant {variant!r}; there are: {', '.join(VARIANTS)}")
     config = VARIANTS[variant]
-    return replace(config, height=height or config.height, width=width or config.width)
+    return replace(
+        config,
+        height=config.height if height is None else height,
+        width=config.width if width is None else width,
+    )

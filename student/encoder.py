@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -103,11 +104,15 @@ class Encoder(nn.Module):
         self.raise_resolution = interpolate_up if channel_reduction == 8 else shuffle_up
 
     def forward(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        features = self.stem(clip)
-        outputs = []
-        for block in self.blocks:
-            features = block(features)
-            outputs.append(features)
+        return self.continue_from([self.blocks[0](self.stem(clip))])
+
+    def continue_from(
+        self, first_outputs: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the levels, given the outputs of the first blocks, at least of one."""
+        outputs = list(first_outputs)
+        for block in self.blocks[len(outputs) :]:
+            outputs.append(block(outputs[-1]))
         finest, *coarser = (torch.cat(outputs[first - 1 : last], 1) for first, last in GROUPS)
         raised = [self.raise_resolution(group) for group in coarser]
         return (torch.cat([finest, raised[0]], 1), raised[1], raised[2], raised[3])

@@ -25,6 +25,8 @@ CONFIG_ENTRY: Final = "tinyhd.config"
 INPUT_ENTRY: Final = "tinyhd.input"
 TOLERANCE: Final = 1e-4
 """Largest difference between a map of the file and the network's, of values in 0..1."""
+RELATIVE_TOLERANCE: Final = 1e-3
+"""The same as a share of each value: maps mean something only up to their sum, and may be small."""
 
 
 class ExportError(TinyHDError):
@@ -64,6 +66,9 @@ def export_onnx(model: TinyHD, path: Path, *, batch: int = 1) -> float:
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     onnx = _import_onnx()
+    _import_onnxruntime()
+    if not path.parent.is_dir():
+        raise ExportError(f"the folder {path.parent} does not exist; make it or choose another")
     config = model.config
     plain = _Saliency(model.for_inference()).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(0)
@@ -97,13 +102,17 @@ def export_onnx(model: TinyHD, path: Path, *, batch: int = 1) -> float:
         onnx.save(proto, str(partial))
         with torch.inference_mode():
             expected = plain(clip).cpu().numpy()
-        difference = float(np.abs(_run(partial, clip.cpu().numpy()) - expected).max())
-        if not difference <= TOLERANCE:
+        differences = np.abs(_run(partial, clip.cpu().numpy()) - expected)
+        share = float((differences / expected).max())
+        difference = float(differences.max())
+        if not (difference <= TOLERANCE and share <= RELATIVE_TOLERANCE):
             raise ExportError(
-                f"the exported file's maps differ from the network's by {difference:.1e}, more "
-                f"than {TOLERANCE:.0e}; nothing was written"
+                f"the exported file's maps differ from the network's by {difference:.1e}, or "
+                f"{share:.1e} of a value; nothing was written"
             )
         partial.replace(path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
     return difference
@@ -117,23 +126,45 @@ def read_onnx_config(path: Path) -> TinyHDConfig:
     """
     onnx = _import_onnx()
     try:
-        proto = onnx.load(str(path), load_external_data=False)  # other files are not followed
+        proto = onnx.load(str(path), load_external_data=False)
         notes = {entry.key: entry.value for entry in proto.metadata_props}
-        return TinyHDConfig.from_dict(json.loads(notes[CONFIG_ENTRY]))
+        config = TinyHDConfig.from_dict(json.loads(notes[CONFIG_ENTRY]))
+        (clip,) = (_shape_of(value) for value in proto.graph.input)
+        (saliency,) = (_shape_of(value) for value in proto.graph.output)
+        others = [w.name for w in proto.graph.initializer if w.data_location == w.EXTERNAL]
     except FileNotFoundError as error:
         raise ExportError(f"{path} does not exist") from error
     except Exception as error:  # protobuf's and JSON's errors have no common base
         raise ExportError(f"{path} is not an ONNX file of tinyhd export, or is damaged") from error
+    if others:  # a file that makes a program read other files is not trusted
+        raise ExportError(f"{path} keeps weights in other files ({others[0]}); ours do not")
+    size = (config.height, config.width)
+    frames = (config.output_frames,) if config.is_multi else ()
+    if clip[1:] != (3, CLIP_FRAMES, *size) or saliency[1:] != (1, *frames, *size):
+        raise ExportError(
+            f"{path} takes {clip} and gives {saliency}, which is not its configuration's "
+            f"{CLIP_FRAMES} frames of {config.height}x{config.width} to {config.output_frames} maps"
+        )
+    return config
+
+
+def _shape_of(value: Any) -> tuple[int, ...]:  # noqa: ANN401 - protobuf's ValueInfo
+    return tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
 
 
 def _run(path: Path, clip: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    onnxruntime = _import_onnxruntime()
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    saliency: npt.NDArray[np.float32] = session.run(None, {"clip": clip})[0]
+    return saliency
+
+
+def _import_onnxruntime() -> Any:  # noqa: ANN401 - the module
     try:
         import onnxruntime
     except ImportError as error:
         raise ExportError(missing_package("onnxruntime", "onnx")) from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    saliency: npt.NDArray[np.float32] = session.run(None, {"clip": clip})[0]
-    return saliency
+    return onnxruntime
 
 
 def _import_onnx() -> Any:  # noqa: ANN401 - the module

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from stores.errors import VideoError
+
 Picture = npt.NDArray[np.uint8]
 """RGB, ``(height, width, 3)``."""
 Map = npt.NDArray[np.float32]
@@ -146,17 +148,18 @@ class VideoWriter:
     def write(self, picture: Picture) -> None:
         """Append a frame."""
         import av
-        from av.codec.context import Flags
 
         if self._stream is None:
             options = {"crf": "20", "preset": "veryfast"}
             self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
             self._stream.height, self._stream.width = picture.shape[:2]
             self._stream.pix_fmt = "yuv420p"
-            # Otherwise the same frames give other bytes, depending on how threads are scheduled.
-            self._stream.codec_context.flags |= Flags.bitexact
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-        self._container.mux(self._stream.encode(frame))
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except av.error.ExternalError as error:
+            size = "x".join(map(str, picture.shape[:2]))
+            raise VideoError(f"H.264 frames of {size} cannot be written to {self._path}") from error
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import time
 from collections import deque
@@ -24,27 +25,30 @@ from PIL import Image
 
 from stores.ahead import read_ahead
 from stores.errors import TinyHDError, VideoError
-from stores.frames import resize_frames
 from stores.progress import Progress
 from stores.videos import (
     Frame,
     VideoFile,
     decode_video,
     find_videos,
-    hash_video,
+    hash_file,
     read_header,
 )
 from student.config import CLIP_FRAMES, TinyHDConfig
 from student.pictures import GrayMap, Map, VideoWriter, gray_map, overlay_gray, resize_map
 from student.runtimes import Runtime
+from student.streaming import PASSED_BY
 from student.tinyhd import normalise_frames
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD_FRAMES: Final = 16
 RENDER_THREADS: Final = 2
-WAITING_FRAMES: Final = 32
-"""Frames that may wait to be drawn and written."""
+FRAMES_IN_LINE: Final = range(2, 33)
+"""Least and most frames that may be read ahead, and that may wait to be drawn and written."""
+LINE_BYTES: Final = 64 * 2**20
+"""What they should not exceed; large frames wait in shorter lines."""
+OVERLAY_SIDES: Final = range(2, 16385)
+"""Rows or columns that H.264 holds, as its encoder has it."""
 DEFAULT_FPS: Final = Fraction(25)
 """Of an overlay whose video does not tell its own."""
 RECORD: Final = "prediction.json"
@@ -145,16 +149,17 @@ def predict_videos(
 
     Raises:
         VideoError: If a path holds no video.
-        PredictionError: If ``out`` has other predictions of a video.
+        PredictionError: If nothing can be written.
     """
-    videos = find_videos(paths)
+    inside = out.resolve()  # what was predicted before is not predicted again
+    videos = [v for v in find_videos(paths) if not v.absolute.is_relative_to(inside)]
     frames = {video.id: _frames_told(video) for video in videos}
     report = PredictReport()
     total = sum(frames.values())
     with Progress(total, unit="frames", label="predict") as progress:
         for video in videos:
             try:
-                record = _record(video, runtime.config, settings, weights_hash)
+                record = _record(video, runtime, settings, weights_hash)
                 if _is_done(out / video.id, record):
                     report.skipped += 1
                     progress.advance(frames[video.id])
@@ -163,10 +168,16 @@ def predict_videos(
                 report.frames += _predict_video(video, out, runtime, settings, record, progress)
                 report.seconds += time.monotonic() - began
                 report.videos += 1
-            except VideoError as error:
+            except (VideoError, PredictionError) as error:
                 log.warning("%s: %s", video.id, error)
-                shutil.rmtree(_partial(out / video.id), ignore_errors=True)
                 report.failures.append((video.id, str(error)))
+                if isinstance(error, VideoError):
+                    shutil.rmtree(_partial(out / video.id), ignore_errors=True)
+            except OSError as error:
+                raise PredictionError(
+                    f"cannot write below {out}: {error.strerror}; what is there is kept, and the "
+                    "same command continues"
+                ) from error
     return report
 
 
@@ -179,18 +190,26 @@ def _predict_video(
     progress: Progress,
 ) -> int:
     """Write all of one video; return its number of frames."""
-    folder = _begin(out / video.id, record)
     header = read_header(video.absolute)
+    if settings.overlay and not {header.height, header.width} <= set(OVERLAY_SIDES):
+        raise VideoError(
+            f"{video.absolute} has frames of {header.height}x{header.width}, an overlay can have "
+            f"{OVERLAY_SIDES[0]} to {OVERLAY_SIDES[-1]} rows and columns; leave it out with "
+            "--no-overlay"
+        )
+    folder = _begin(out / video.id, record)
+    line = LINE_BYTES // max(1, 3 * header.height * header.width)
+    line = min(max(line, FRAMES_IN_LINE[0]), FRAMES_IN_LINE[-1])
+    runtime.begin_video()
     count = 0
     with ExitStack() as stack:
-        frames = stack.enter_context(
-            closing(read_ahead(_prepare(video.absolute, runtime.config), READ_AHEAD_FRAMES))
-        )
+        prepared = _prepare(video.absolute, runtime.config)
+        frames = stack.enter_context(closing(read_ahead(prepared, line)))
         overlay = None
         if settings.overlay:
             fps = header.fps or DEFAULT_FPS
             overlay = stack.enter_context(VideoWriter(folder / "overlay.mp4", fps=fps))
-        writer = _Writer(folder, settings, overlay)
+        writer = _Writer(folder, settings, overlay, line)
         stack.enter_context(closing(writer))
         for index, frame, saliency in _mapped(frames, runtime, writer.known):
             writer.write(index, frame, saliency)
@@ -202,63 +221,78 @@ def _predict_video(
     return count
 
 
-class _Prepared(NamedTuple):
-    number: int
-    """The frame's index."""
-    native: Frame
-    pixels: npt.NDArray[np.float32]
-    """``(3, H, W)``, as the network wants them."""
+Pixels = npt.NDArray[np.float32]
+"""A frame as the network wants it, ``(3, H, W)``."""
 
 
-def _prepare(path: Path, config: TinyHDConfig) -> Iterator[_Prepared]:
-    for index, frame in enumerate(decode_video(path)):
-        resized = resize_frames(frame[None], config.height, config.width)
-        clip = normalise_frames(torch.from_numpy(resized)[None])  # 1 3 1 H W
-        yield _Prepared(index, frame, clip[0, :, 0].contiguous().numpy())
+def _prepare(path: Path, config: TinyHDConfig) -> Iterator[tuple[Frame, Pixels]]:
+    """Decode frames; resize them without rounding, as the published evaluation does."""
+    size = (config.height, config.width)
+    for frame in decode_video(path):
+        picture = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
+        resized = F.interpolate(picture, size, mode="bilinear").permute(0, 2, 3, 1)
+        clip = normalise_frames(resized[None])  # 1 3 1 H W
+        yield frame, clip[0, :, 0].contiguous().numpy()
 
 
 def _mapped(
-    frames: Iterable[_Prepared], runtime: Runtime, known: set[int]
+    frames: Iterable[tuple[Frame, Pixels]], runtime: Runtime, known: set[int]
 ) -> Iterator[tuple[int, Frame, Map | None]]:
     """Yield every frame with its map, in order; without a map where it is known already.
 
     A frame waits until no later window can map it again: the last one overlaps the one before.
     """
     number = runtime.config.output_frames
-    waiting: dict[int, tuple[Frame, Map | None]] = {}
-    windows = clip_windows(frames, output_frames=number)
+    natives: dict[int, Frame] = {}
+    waiting: dict[int, Map | None] = {}
+
+    def pixels() -> Iterator[Pixels]:
+        for index, (frame, resized) in enumerate(frames):
+            natives[index] = frame
+            yield resized
+
+    passed: deque[Window[Pixels]] = deque(maxlen=PASSED_BY)
+    windows = clip_windows(pixels(), output_frames=number)
     while batch := list(islice(windows, runtime.batch)):
         wanted = [window for window in batch if not known.issuperset(_indices(window, number))]
-        maps = iter(runtime.predict(_clips(wanted)) if wanted else ())
+        newest = [window.newest for window in wanted]
+        passed.extend(window for window in batch if window.newest not in newest)
+        if wanted:
+            for window in passed:
+                runtime.pass_by(_clips([window]), newest=[window.newest])
+            passed.clear()
+        maps = iter(runtime.predict(_clips(wanted), newest=newest) if wanted else ())
         for window in batch:
             indices = _indices(window, number)
-            window_maps = next(maps)[-len(indices) :] if window in wanted else [None] * len(indices)
+            is_wanted = window.newest in newest
+            window_maps = next(maps)[-len(indices) :] if is_wanted else [None] * len(indices)
             for index in [index for index in waiting if index < indices[0]]:
-                yield index, *waiting.pop(index)
-            for prepared, saliency in zip(window.frames[-len(indices) :], window_maps, strict=True):
-                waiting[prepared.number] = (prepared.native, saliency)
-    for index, (frame, saliency) in waiting.items():
-        yield index, frame, saliency
+                yield index, natives.pop(index), waiting.pop(index)
+            waiting.update(zip(indices, window_maps, strict=True))
+    for index, saliency in waiting.items():
+        yield index, natives.pop(index), saliency
 
 
-def _indices(window: Window[_Prepared], number: int) -> range:
+def _indices(window: Window[Pixels], number: int) -> range:
     return range(max(0, window.newest + 1 - number), window.newest + 1)
 
 
-def _clips(windows: Sequence[Window[_Prepared]]) -> npt.NDArray[np.float32]:
+def _clips(windows: Sequence[Window[Pixels]]) -> npt.NDArray[np.float32]:
     """Return ``(B, 3, 16, H, W)``."""
-    return np.stack([np.stack([frame.pixels for frame in w.frames], 1) for w in windows])
+    return np.stack([np.stack(window.frames, 1) for window in windows])
 
 
 class _Writer:
     """Draw and write in threads while the network computes; in order where order matters."""
 
     def __init__(
-        self, folder: Path, settings: PredictSettings, overlay: VideoWriter | None
+        self, folder: Path, settings: PredictSettings, overlay: VideoWriter | None, line: int
     ) -> None:
         self._maps, self._settings, self._overlay = folder / "maps", settings, overlay
+        self._line = line
         self._maps.mkdir(exist_ok=True)
-        self.known = {int(file.stem) for file in self._maps.glob("[0-9]*.png")}
+        names = (re.fullmatch(r"(\d{6,})\.png", file.name) for file in self._maps.iterdir())
+        self.known = {int(name[1]) for name in names if name}
         """Frames whose map an earlier run has written."""
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="render")
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")  # one: in order
@@ -268,7 +302,7 @@ class _Writer:
         """Take the next frame; wait if too many are waiting."""
         drawn = self._pool.submit(self._draw, index, frame, saliency)
         self._waiting.append(self._encoder.submit(self._encode, drawn))
-        while len(self._waiting) > WAITING_FRAMES or (self._waiting and self._waiting[0].done()):
+        while len(self._waiting) > self._line or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()
 
     def finish(self) -> None:
@@ -285,8 +319,12 @@ class _Writer:
     def _draw(self, index: int, frame: Frame, saliency: Map | None) -> npt.NDArray[np.uint8] | None:
         path = self._maps / f"{index:06d}.png"
         if saliency is None:
-            gray = np.asarray(Image.open(path))
+            gray = _read_map(path, frame)
         else:
+            if not np.isfinite(saliency).all():
+                raise PredictionError(
+                    f"the map of frame {index} is not finite; the student's weights are damaged"
+                )
             height, width = frame.shape[:2]
             gray = finish_map(saliency, height, width, self._settings.post_processing)
             if self._settings.maps:
@@ -328,7 +366,8 @@ def finish_map(saliency: Map, height: int, width: int, how: PostProcessing) -> G
     offsets = torch.arange(-2, 3, dtype=torch.float32)
     kernel = torch.exp(-offsets.square() / (2 * 1.1**2))
     kernel = kernel / kernel.sum()
-    padded = F.pad(resized, (2, 2, 2, 2), mode="reflect")
+    border = "reflect" if min(height, width) > 2 else "replicate"  # too small to reflect in
+    padded = F.pad(resized, (2, 2, 2, 2), mode=border)
     blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 5, 1)), kernel.view(1, 1, 1, 5))
     return blurred.round().clamp(0, 255)[0, 0].numpy().astype(np.uint8)
 
@@ -340,15 +379,27 @@ def _frames_told(video: VideoFile) -> int:
         return 0
 
 
+def _read_map(path: Path, frame: Frame) -> GrayMap:
+    """Read a map that an earlier run wrote."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            if picture.mode == "L" and picture.size == (frame.shape[1], frame.shape[0]):
+                return np.asarray(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        pass
+    raise PredictionError(f"{path} is not the map that a run left there; remove it")
+
+
 def _record(
-    video: VideoFile, config: TinyHDConfig, settings: PredictSettings, weights_hash: str
+    video: VideoFile, runtime: Runtime, settings: PredictSettings, weights_hash: str
 ) -> dict[str, Any]:
-    """Tell all that decides the maps of a video."""
+    """Tell what decides the maps of a video."""
     return {
         "video": video.path,
-        "video_sha256": hash_video(video.absolute).hex(),
+        "video_sha256": hash_file(video.absolute).hex(),
         "weights_sha256": weights_hash,
-        "config": config.to_dict(),
+        "config": runtime.config.to_dict(),
+        "runtime": type(runtime).__name__,
         **asdict(settings),
     }
 
@@ -383,6 +434,6 @@ def _partial(folder: Path) -> Path:
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -67,8 +67,8 @@ def import_weights(
     config = TinyHDConfig.from_dict(
         {
             "channel_reduction": channel_reduction,
-            "decoders": list(decoders),
-            "single": list(single),
+            "decoders": decoders if isinstance(decoders, str) else list(decoders),
+            "single": single if isinstance(single, bool) else list(single),
             "d1_last": d1_last,
             "force_multi": force_multi,
             "output_frames": output_frames,
@@ -85,7 +85,13 @@ def import_weights(
 
 
 def export_weights(model: TinyHD) -> dict[str, Tensor]:
-    """Return a network's weights under the published names, in the published order."""
+    """Return a network's weights under the published names, in the published order.
+
+    Raises:
+        ValueError: If the network is in its form for inference, which has no such weights.
+    """
+    if model.is_folded:
+        raise ValueError("the form for inference has no published names; export its original")
     names = published_names(model)
     return {
         names[key]: tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -238,7 +244,9 @@ def _check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Non
         faults.append(f"missing {_some(missing)}")
     if extra := [str(key) for key in given if key not in wanted]:
         faults.append(f"not expected {_some(extra)}")
-    both = [key for key in wanted if key in given]
+    if odd := [key for key in wanted if key in given and not isinstance(given[key], Tensor)]:
+        faults.append(f"no tensor {_some(odd)}")
+    both = [key for key in wanted if key in given and key not in odd]
     if misshaped := [
         f"{key} with shape {tuple(given[key].shape)} instead of {tuple(wanted[key].shape)}"
         for key in both

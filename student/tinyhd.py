@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ DECODERS: Final[Mapping[DecoderName, type[HierarchicalDecoder | PyramidDecoder |
     "d2": PyramidDecoder,
     "d3": GridDecoder,
 }
+
+LARGEST_VALUE: Final = 20.0
+"""Beyond it, a clip cannot have been normalised."""
 
 # Shapes: B clips, K maps, T frames, H height, W width.
 
@@ -60,12 +63,15 @@ class TinyHD(nn.Module):
         - returns: :class:`StudentOutput`
 
     Raises:
-        ValueError: From ``forward``, if the clip is not of the configured frames and size.
+        ValueError: From ``forward``, if the clip has not 16 frames of a size divisible by 32, or
+            is not normalised. The configured size is not enforced: other sizes give maps, too.
     """
 
     def __init__(self, config: TinyHDConfig) -> None:
         super().__init__()
         self.config = config
+        self.is_folded = False
+        """Whether this is the form for inference, whose weights no checkpoint holds."""
         reduction = config.channel_reduction
         channels = level_channels(reduction)
         self.encoder = Encoder(channel_reduction=reduction, multi=config.is_multi)
@@ -96,8 +102,11 @@ class TinyHD(nn.Module):
             nn.init.constant_(self.fusion.get_parameter("bias"), 0.0)
 
     def forward(self, clip: Tensor) -> StudentOutput:
-        _check_clip(clip)
-        levels = self.encoder(clip)
+        _check_clip(clip, self.fusion.weight.dtype)
+        return self.decode(self.encoder(clip))
+
+    def decode(self, levels: Sequence[Tensor]) -> StudentOutput:
+        """Read the encoder's levels: all decoders and the fusion."""
         map_logits = {name: decode(levels) for name, decode in self.decoders.items()}  # B K T' H W
         return StudentOutput(self._fuse(map_logits), map_logits)
 
@@ -124,6 +133,7 @@ class TinyHD(nn.Module):
         Its maps are those of the network in evaluation mode, up to rounding. It cannot be trained.
         """
         model = copy.deepcopy(self).eval().requires_grad_(requires_grad=False)
+        model.is_folded = True
         for module in model.modules():
             if isinstance(module, ConvNorm):
                 module.fold()
@@ -140,7 +150,7 @@ def normalise_frames(frames: Tensor) -> Tensor:
     """Turn decoded frames into what the network expects.
 
     Args:
-        frames: uint8 RGB, ``(B, T, H, W, 3)``, oldest frame first.
+        frames: RGB, uint8 or float32 in 0..255, ``(B, T, H, W, 3)``, oldest frame first.
 
     Returns:
         float32, ``(B, 3, T, H, W)``, per channel centred and scaled as ImageNet networks want it.
@@ -148,21 +158,36 @@ def normalise_frames(frames: Tensor) -> Tensor:
     Raises:
         ValueError: If the frames are of another type or shape.
     """
-    if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[-1] != 3:
+    known = frames.dtype in (torch.uint8, torch.float32)
+    if not known or frames.ndim != 5 or frames.shape[-1] != 3:
         raise ValueError(
-            f"frames must be uint8 (B, T, H, W, 3), got {frames.dtype} {tuple(frames.shape)}"
+            "frames must be uint8 or float32 (B, T, H, W, 3), "
+            f"got {frames.dtype} {tuple(frames.shape)}"
         )
     mean = torch.tensor(IMAGENET_MEAN, device=frames.device)
     std = torch.tensor(IMAGENET_STD, device=frames.device)
     return ((frames.float() / 255 - mean) / std).permute(0, 4, 1, 2, 3)
 
 
-def _check_clip(clip: Tensor) -> None:
+def _check_clip(clip: Tensor, dtype: torch.dtype) -> None:
     ok = clip.ndim == 5 and clip.shape[1] == 3 and clip.shape[2] == CLIP_FRAMES
-    if not ok or clip.shape[3] % SIZE_MULTIPLE or clip.shape[4] % SIZE_MULTIPLE:
+    if not ok or clip.shape[3] % SIZE_MULTIPLE or clip.shape[4] % SIZE_MULTIPLE or not clip.numel():
         raise ValueError(
             f"a clip must be (B, 3, {CLIP_FRAMES}, H, W) with H and W multiples of "
             f"{SIZE_MULTIPLE}, got {tuple(clip.shape)}"
         )
-    if not clip.is_floating_point():
-        raise ValueError(f"a clip must be floating point and normalised, got {clip.dtype}")
+    if not clip.is_floating_point() or not (
+        clip.dtype == dtype or torch.is_autocast_enabled(clip.device.type)
+    ):
+        raise ValueError(
+            f"a clip must be floating point and normalised, {dtype} as the network's weights, "
+            f"got {clip.dtype}"
+        )
+    # Looking at values would stop a GPU or a compiler; on a CPU it costs next to nothing.
+    if clip.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (float(bound) for bound in clip.detach().aminmax())
+        if not (low > -LARGEST_VALUE and high < LARGEST_VALUE):
+            raise ValueError(
+                f"a clip must be normalised as by normalise_frames, which gives about -2 to 3, "
+                f"got values from {low:.3g} to {high:.3g}"
+            )

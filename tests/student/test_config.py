@@ -11,7 +11,12 @@ from student.config import VARIANTS, TinyHDConfig, build_config
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("channel_reduction", 3), ("channel_reduction", True), ("output_frames", 4)),
+        *(
+            ("channel_reduction", 3),
+            ("channel_reduction", True),
+            ("output_frames", 1.0),
+            ("output_frames", 4),
+        ),
         *(("height", 100), ("width", 0), ("height", 96.0), ("d1_last", 1), ("force_multi", None)),
         *(("decoders", ("d1", "d4")), ("decoders", ("d1", "d1", "d2")), ("decoders", ())),
         *(("decoders", "d1"), ("single", (True,)), ("single", (True, 1, True)), ("single", "TTT")),

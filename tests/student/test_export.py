@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,13 +116,56 @@ def test_files_that_do_not_go_together_are_refused(
         load_runtime(tmp_path / "text.pt")
 
 
+def test_graphs_that_are_not_their_configurations_are_refused(
+    files: dict[str, tuple[TinyHD, Path, Path]], tmp_path: Path
+) -> None:
+    def changed(name: str, change: Callable[[Any], None]) -> Path:
+        proto = onnx.load(str(files["m_rc4"][2]))
+        change(proto)
+        (tmp_path / name).write_bytes(proto.SerializeToString())
+        return tmp_path / name
+
+    def other_frames(proto: Any) -> None:  # noqa: ANN401
+        for entry in proto.metadata_props:
+            entry.value = entry.value.replace('"output_frames": 16', '"output_frames": 8')
+
+    def other_file(proto: Any) -> None:  # noqa: ANN401
+        proto.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+        entry = proto.graph.initializer[0].external_data.add()
+        entry.key, entry.value = "location", "../weights"
+
+    def unknown_operator(proto: Any) -> None:  # noqa: ANN401
+        proto.graph.node[5].op_type = "Unheard"
+
+    for runtime in RUNTIMES[1:]:
+        with pytest.raises(ExportError, match="not its configuration's"):
+            load_runtime(changed("frames.onnx", other_frames), runtime=runtime)
+        with pytest.raises(ExportError, match="weights in other files"):
+            load_runtime(changed("files.onnx", other_file), runtime=runtime)
+        with pytest.raises(ExportError, match="cannot read"):
+            load_runtime(changed("operator.onnx", unknown_operator), runtime=runtime)
+
+
+def test_devices_and_batches_that_are_not_there_are_refused(
+    files: dict[str, tuple[TinyHD, Path, Path]],
+) -> None:
+    _, checkpoint, exported = files["s_rc4"]
+    for device in ("foo", "meta", "cuda:77"):
+        with pytest.raises(ValueError, match=f"cannot compute on '{device}'"):
+            load_runtime(checkpoint, device=device)
+    with pytest.raises(ValueError, match="takes 2 clips at once, not 4"):
+        load_runtime(exported, runtime="onnxruntime", batch=4)
+
+
 def test_maps_that_differ_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import student.export
 
-    monkeypatch.setattr(student.export, "_run", lambda _, clip: np.zeros((1, 1, *clip.shape[3:])))
     model = TinyHD(
         TinyHDConfig(channel_reduction=8, decoders=("d3",), single=(True,), height=32, width=32)
     )
+    model.fusion.get_parameter("bias").data.fill_(-9)  # maps of very small values
+    constant = np.full((1, 1, 32, 32), torch.tensor(-9.1).sigmoid().item(), np.float32)
+    monkeypatch.setattr(student.export, "_run", lambda *_: constant)
     with pytest.raises(ExportError, match="differ"):
         export_onnx(model, tmp_path / "wrong.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +11,25 @@ import numpy.typing as npt
 import pytest
 import scipy.ndimage
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 from PIL import Image
 
 from cli import cli
-from stores.frames import resize_frames
-from stores.videos import decode_video
+from stores.videos import decode_video, read_header
 from student.checkpoints import save_checkpoint
 from student.pictures import gray_map, resize_map
 from student.predict import (
-    PredictionError,
     PredictReport,
     PredictSettings,
+    _Writer,
     clip_windows,
     finish_map,
     predict_videos,
 )
 from student.reference import import_weights
 from student.runtimes import Runtime, TorchRuntime
-from student.tinyhd import TinyHD, normalise_frames
+from student.tinyhd import TinyHD
 from tests.conftest import MakeVideo
 from tests.student.networks import fill_weights
 
@@ -83,12 +85,16 @@ def test_maps_are_those_of_the_network(
     report = predict(tmp_path / "videos", tmp_path / "out", model)
     assert (report.videos, report.frames, report.failures) == (1, length, [])
     decoded = list(decode_video(video))
-    frames = resize_frames(np.stack(decoded), 32, 32)
+    pictures = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float()
+    frames = F.interpolate(pictures, (32, 32), mode="bilinear") / 255
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    frames = (frames - mean) / std
     expected: dict[int, npt.NDArray[np.float32]] = {}
     for end in sorted({*range(output_frames - 1, length, output_frames), length - 1}):
         picked = frames[np.maximum(np.arange(end - 15, end + 1), 0)]
         with torch.inference_mode():
-            saliency = model(normalise_frames(torch.from_numpy(picked)[None])).saliency
+            saliency = model(picked.transpose(0, 1)[None]).saliency
         for back, saliency_map in enumerate(reversed(saliency.reshape(-1, 32, 32).numpy())):
             expected[end - back] = saliency_map
     maps = read_maps(tmp_path / "out" / "v")
@@ -99,6 +105,7 @@ def test_maps_are_those_of_the_network(
     overlay = list(decode_video(tmp_path / "out" / "v" / "overlay.mp4"))
     assert len(overlay) == length
     assert overlay[0].shape == (38, 46, 3)
+    assert read_header(tmp_path / "out" / "v" / "overlay.mp4").fps == read_header(video).fps == 25
 
 
 def test_batches_and_odd_sizes(tmp_path: Path, make_video: MakeVideo) -> None:
@@ -132,11 +139,13 @@ class Stopping(TorchRuntime):
         super().__init__(model)
         self.clips, self.stop_at = 0, stop_at
 
-    def predict(self, clips: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def predict(
+        self, clips: npt.NDArray[np.float32], *, newest: Sequence[int] | None = None
+    ) -> npt.NDArray[np.float32]:
         if self.clips == self.stop_at:
             raise KeyboardInterrupt
         self.clips += len(clips)
-        return super().predict(clips)
+        return super().predict(clips, newest=newest)
 
 
 @pytest.mark.parametrize("output_frames", [1, 16])
@@ -158,7 +167,12 @@ def test_a_stopped_run_continues_to_the_same_files(
     assert len(files[0]) == 75 + 2
     for first, second in zip(*files, strict=True):
         assert first.name == second.name
-        assert first.read_bytes() == second.read_bytes(), first.name
+        if first.name != "overlay.mp4":
+            assert first.read_bytes() == second.read_bytes(), first.name
+            continue
+        # x264 does not always make the same bytes of the same frames.
+        overlays = [np.stack(list(decode_video(file))).astype(int) for file in (first, second)]
+        assert np.abs(overlays[0] - overlays[1]).mean() < 1
     again = Stopping(model)
     report = predict(tmp_path / "videos", tmp_path / "out", again)
     assert (report.skipped, report.videos, again.clips) == (1, 0, 0)
@@ -169,8 +183,11 @@ def test_other_predictions_are_not_written_over(tmp_path: Path, make_video: Make
     model = network(1)
     predict(tmp_path / "videos", tmp_path / "out", model)
     before = read_maps(tmp_path / "out" / "v")
-    with pytest.raises(PredictionError, match="holds something else"):
-        predict(tmp_path / "videos", tmp_path / "out", model, PredictSettings(overlay=False))
+    make_video(tmp_path / "videos" / "w.avi", frames=3)
+    report = predict(tmp_path / "videos", tmp_path / "out", model, PredictSettings(overlay=False))
+    ((name, reason),) = report.failures
+    assert (name, report.videos) == ("v", 1)
+    assert "holds something else" in reason
     np.testing.assert_array_equal(read_maps(tmp_path / "out" / "v"), before)
 
 
@@ -200,6 +217,87 @@ def test_only_what_is_wanted_is_written(tmp_path: Path, make_video: MakeVideo) -
         assert record["frames"] == 3
     with pytest.raises(ValueError, match="nothing would be written"):
         PredictSettings(maps=False, overlay=False)
+
+
+@pytest.mark.parametrize("content", [b"", b"%!PS-Adobe-3.0 EPSF-3.0", None])
+def test_damaged_maps_of_a_stopped_run_are_named(
+    tmp_path: Path, make_video: MakeVideo, content: bytes | None
+) -> None:
+    make_video(tmp_path / "videos" / "v.avi", frames=12)
+    with pytest.raises(KeyboardInterrupt):
+        predict(tmp_path / "videos", tmp_path / "out", Stopping(network(1), stop_at=9))
+    maps = tmp_path / "out" / "v.partial" / "maps"
+    (maps / "1notes.png").write_text("not ours")
+    if content is None:
+        Image.new("L", (3, 3)).save(maps / "000002.png")
+    else:
+        (maps / "000002.png").write_bytes(content)
+    report = predict(tmp_path / "videos", tmp_path / "out", Stopping(network(1)))
+    assert "000002.png is not the map" in report.failures[0][1]
+    (maps / "000002.png").unlink()
+    (maps / "1notes.png").unlink()
+    assert predict(tmp_path / "videos", tmp_path / "out", Stopping(network(1))).failures == []
+
+
+def test_another_video_or_runtime_is_another_prediction(
+    tmp_path: Path, make_video: MakeVideo
+) -> None:
+    make_video(tmp_path / "videos" / "v.avi", frames=3)
+    predict(tmp_path / "videos", tmp_path / "out", TorchRuntime(network(1)))
+    assert len(predict(tmp_path / "videos", tmp_path / "out", Stopping(network(1))).failures) == 1
+    make_video(tmp_path / "videos" / "v.avi", frames=3, seed=9)
+    assert len(predict(tmp_path / "videos", tmp_path / "out", network(1)).failures) == 1
+
+
+def test_weights_that_give_no_numbers_are_refused(tmp_path: Path, make_video: MakeVideo) -> None:
+    make_video(tmp_path / "videos" / "v.avi", frames=3)
+    model = network(1)
+    model.fusion.get_parameter("bias").data.fill_(torch.nan)
+    report = predict(tmp_path / "videos", tmp_path / "out", model)
+    assert "not finite" in report.failures[0][1]
+    assert not (tmp_path / "out" / "v").exists()
+
+
+def test_what_was_predicted_is_no_video_to_predict(tmp_path: Path, make_video: MakeVideo) -> None:
+    make_video(tmp_path / "videos" / "v.avi", frames=3)
+    out = tmp_path / "videos" / "saliency"
+    predict(tmp_path / "videos", out, network(1))
+    report = predict(tmp_path / "videos", out, network(1))
+    assert (report.videos, report.skipped) == (0, 1)
+
+
+def test_frames_wait_in_a_short_line(tmp_path: Path, make_video: MakeVideo) -> None:
+    """However slow drawing is, few frames are held at once."""
+    make_video(tmp_path / "v.avi", frames=60)
+    writer = _Writer(tmp_path, PredictSettings(overlay=False), None, line=3)
+    for index, frame in enumerate(decode_video(tmp_path / "v.avi")):
+        writer.write(index, frame, np.full((8, 8), 0.1, np.float32))
+        assert len(writer._waiting) <= 3
+    writer.finish()
+    writer.close()
+    assert len(list((tmp_path / "maps").iterdir())) == 60
+
+
+@pytest.mark.parametrize("settings", [PredictSettings(), PredictSettings(post_processing="paper")])
+def test_the_smallest_videos_have_maps(
+    tmp_path: Path, make_video: MakeVideo, settings: PredictSettings
+) -> None:
+    import av
+
+    (tmp_path / "videos").mkdir()
+    for name, (height, width) in {"dot": (2, 2), "line": (1, 64)}.items():
+        with av.open(str(tmp_path / "videos" / f"{name}.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=24)
+            stream.height, stream.width, stream.pix_fmt = height, width, "bgr0"
+            picture = np.zeros((height, width, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    report = predict(tmp_path / "videos", tmp_path / "out", network(1), settings)
+    assert report.videos == 1
+    assert [name for name, _ in report.failures] == ["line"]
+    assert "--no-overlay" in report.failures[0][1]
+    without = replace(settings, overlay=False)
+    assert predict(tmp_path / "videos", tmp_path / "maps", network(1), without).videos == 2
 
 
 def cubic_rows(source: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from stores.videos import decode_video
 from student.blocks import InvertedResidual
+from student.checkpoints import save_checkpoint
 from student.config import TinyHDConfig, build_config
 from student.layers import double_frames, interpolate_up, shuffle_up
-from student.reference import import_weights, read_weights
+from student.reference import export_weights, import_weights, read_weights
 from student.tinyhd import StudentOutput, TinyHD, normalise_frames
 from tests.student.networks import (
     CONFIGS,
@@ -219,6 +220,10 @@ def test_every_parameter_learns(variant: str) -> None:
         (torch.zeros(1, 3, 16, 60, 64), "multiples of 32"),
         (torch.zeros(3, 16, 64, 64), "a clip must be"),
         (torch.zeros(1, 3, 16, 64, 64, dtype=torch.uint8), "floating point"),
+        (torch.zeros(1, 3, 16, 64, 64, dtype=torch.float64), "torch.float32 as the network"),
+        (torch.full((1, 3, 16, 64, 64), 255.0), "must be normalised"),
+        (torch.full((1, 3, 16, 64, 64), torch.nan), "must be normalised"),
+        (torch.zeros(0, 3, 16, 64, 64), "a clip must be"),
     ],
 )
 def test_other_clips_are_refused(clip: torch.Tensor, message: str) -> None:
@@ -233,5 +238,18 @@ def test_frames_are_normalised_as_imagenet_wants() -> None:
     assert clip.shape == (1, 3, 2, 4, 5)
     expected = (frames[0, 1, 2, 3, 2].item() / 255 - 0.406) / 0.225
     assert clip[0, 2, 1, 2, 3].item() == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(normalise_frames(frames.float()), clip)
     with pytest.raises(ValueError, match="uint8"):
-        normalise_frames(frames.float())
+        normalise_frames(frames.double())
+
+
+def test_form_for_inference_has_no_norms_and_is_not_kept(tmp_path: Path) -> None:
+    model = TinyHD(build_config("tinyhd-s-rc4", height=64, width=64))
+    form = model.for_inference()
+    assert not [m for m in form.modules() if isinstance(m, torch.nn.BatchNorm3d)]
+    assert len([m for m in model.modules() if isinstance(m, torch.nn.BatchNorm3d)]) == 163
+    with pytest.raises(ValueError, match="form for inference"):
+        save_checkpoint(tmp_path / "form.pt", form)
+    with pytest.raises(ValueError, match="form for inference"):
+        export_weights(form)
+    assert list(tmp_path.iterdir()) == []
