@@ -10,10 +10,13 @@ graphs stay five-dimensional. Numbers are the same up to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
 
 
 class Conv(nn.Conv3d):
@@ -30,7 +33,14 @@ class Conv(nn.Conv3d):
         if kernel > 1 and (features.shape[2] > 1 or not padding):
             # Without oneDNN, at a third of the speed, PyTorch would compute a lone clip's stem.
             is_slow = self.groups == 1 and len(features) == 1 and features.device.type == "cpu"
-            return self._stack_frames(features) if is_slow else super().forward(features)
+            if is_slow:
+                return self._stack_frames(features)
+            if torch.is_grad_enabled() and self._has_fast_gradient(features):
+                mixed: Tensor = _MixDepthwise.apply(  # type: ignore[no-untyped-call]
+                    features, self.weight, self.stride[0]
+                )
+                return mixed
+            return super().forward(features)
         pictures = F.conv2d(
             as_pictures(features),
             self.weight[:, :, padding],
@@ -41,6 +51,19 @@ class Conv(nn.Conv3d):
             self.groups,
         )
         return as_clips(pictures, len(features))
+
+    def _has_fast_gradient(self, features: Tensor) -> bool:
+        return (
+            features.device.type == "cpu"
+            and features.dtype == self.weight.dtype == torch.float32
+            and self.bias is None
+            and self.groups == self.in_channels == self.out_channels
+            and self.kernel_size == (3, 3, 3)
+            and self.padding == (1, 1, 1)
+            and self.stride in ((1, 1, 1), (2, 1, 1))
+            and features.shape[2] % self.stride[0] == 0
+            and not torch.compiler.is_compiling()
+        )
 
     def _stack_frames(self, features: Tensor) -> Tensor:
         """Convolve pictures whose channels are those of all frames that the kernel spans."""
@@ -55,6 +78,61 @@ class Conv(nn.Conv3d):
             self.padding[1:],
         )
         return as_clips(pictures, len(features))
+
+
+class _MixDepthwise(torch.autograd.Function):
+    """A depthwise 3x3x3 convolution whose gradients are made of layers that are fast on a CPU.
+
+    oneDNN differentiates three-dimensional depthwise layers slowly. But the gradient of the
+    features is such a layer itself, with the kernel turned around, and that of the kernel, for
+    each of its frames, is the one of a two-dimensional layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, stride: int) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(features, weight)
+        ctx.stride = stride
+        return F.conv3d(features, weight, None, (stride, 1, 1), 1, 1, features.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN401
+        features, weight = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last_3d)
+        of_features = of_weight = None
+        if ctx.needs_input_grad[0]:
+            spread = gradient
+            if ctx.stride == 2:  # zeros where the kernel's middle has not been
+                spread = torch.zeros_like(features)
+                spread[:, :, ::2] = gradient
+            turned = weight.flip(2, 3, 4)
+            of_features = F.conv3d(spread, turned, None, 1, 1, 1, features.shape[1])
+        if ctx.needs_input_grad[1]:
+            taps = [_tap_gradient(features, gradient, ctx.stride, tap) for tap in range(3)]
+            of_weight = torch.stack(taps, 2)
+        return of_features, of_weight, None
+
+
+def _tap_gradient(features: Tensor, gradient: Tensor, stride: int, tap: int) -> Tensor:
+    """Return the gradient of one frame of a depthwise kernel, ``(C, 1, 3, 3)``."""
+    outputs = gradient.shape[2]
+    # Output frame o meets, under this tap, input frame stride * o + tap - 1, if there is one.
+    first = 1 if tap == 0 else 0
+    last = outputs - 1 if stride * (outputs - 1) + tap - 1 >= features.shape[2] else outputs
+    channels = features.shape[1]
+    if last <= first:
+        return gradient.new_zeros(channels, 1, 3, 3)
+    start = stride * first + tap - 1
+    met = features[:, :, start : start + stride * (last - first - 1) + 1 : stride]
+    pictures = [
+        as_pictures(part).contiguous(memory_format=torch.channels_last)
+        for part in (met, gradient[:, :, first:last])
+    ]
+    size = (channels, 1, 3, 3)
+    of_tap: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+        pictures[0], size, pictures[1], padding=1, groups=channels
+    )
+    return of_tap
 
 
 def as_pictures(features: Tensor) -> Tensor:
