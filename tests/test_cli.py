@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
-from cli import cli
+from cli import VARIANT_NAMES, cli
+from tests.student.networks import CONFIGS, fill_weights
 
 if TYPE_CHECKING:
     from tests.conftest import MakeVideo
@@ -52,9 +54,15 @@ def test_two_commands_make_a_student(run: Run, video_folder: Path, tmp_path: Pat
     assert (out / "last.pt").is_file()
 
 
-@pytest.mark.parametrize("command", ["distill", "train", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("distill", "train", "demo", "predict", "export", "models"),
+        *("weights import", "weights export", "weights inflate"),
+    ],
+)
 def test_help_shows_an_example(run: Run, command: str) -> None:
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0
     assert f"python cli.py {command}" in result.output
 
@@ -160,3 +168,51 @@ def test_our_own_mistakes_are_not_hidden(run: Run, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("distill.demo.run_demo", fail)
     assert isinstance(run("demo").exception, ZeroDivisionError)
+
+
+def test_weights_go_in_and_out(run: Run, tmp_path: Path) -> None:
+    """Published names to a checkpoint and back, bit for bit, and on to ONNX."""
+    weights = fill_weights(CONFIGS["m_rc4"])
+    torch.save({"student_model": weights}, tmp_path / "published.pth")
+    flags = ("--variant", "tinyhd-m-rc4", "--size", "32x64")
+    checkpoint = tmp_path / "model.pt"
+    result = run("weights", "import", tmp_path / "published.pth", *flags, "--out", checkpoint)
+    assert result.exit_code == 0, result.output
+    assert "515,281 parameters" in result.output
+    result = run("weights", "export", checkpoint, "--out", tmp_path / "again.pth")
+    assert result.exit_code == 0, result.output
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["student_model"]
+    assert list(again) == list(weights)
+    assert all(torch.equal(again[key], weights[key]) for key in weights)
+    result = run("export", checkpoint, "--out", tmp_path / "model.onnx")
+    assert result.exit_code == 0, result.output
+    assert "clip (1, 3, 16, 32, 64) float32" in result.output
+    assert (tmp_path / "model.onnx").is_file()
+    wrong = run(
+        "weights", "import", tmp_path / "published.pth", "--variant", "tinyhd-s", *flags[2:]
+    )
+    assert_one_line(wrong, 2, "Missing option '--out'")
+    out = ("--out", tmp_path / "wrong.pt")
+    wrong = run("weights", "import", tmp_path / "published.pth", "--variant", "tinyhd-s", *out)
+    assert_one_line(wrong, 1, "encoder.encoder.0.0.weight", "instead of")
+    assert not (tmp_path / "wrong.pt").exists()
+
+
+def test_nothing_is_written_over_what_is_read(run: Run, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model.pt"
+    checkpoint.write_bytes(b"kept")
+    flags = ("--variant", "tinyhd-s", "--out", checkpoint)
+    assert_one_line(run("weights", "import", checkpoint, *flags), 2, "the file that is read")
+    assert_one_line(run("weights", "inflate", checkpoint, *flags), 2, "the file that is read")
+    out = ("--out", checkpoint)
+    assert_one_line(run("weights", "export", checkpoint, *out), 2, "the file that is read")
+    assert_one_line(run("export", checkpoint, *out), 2, "must end in .onnx")
+    assert checkpoint.read_bytes() == b"kept"
+
+
+def test_models_are_listed_with_what_they_cost(run: Run) -> None:
+    lines = run("models").output.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[1:7]}
+    assert list(rows) == list(VARIANT_NAMES)
+    assert rows["tinyhd-m-rc4"][1:5] == ["515,281", "3,556,525,056", "16", "222,282,816"]
+    assert rows["tinyhd-s"][1:5] == ["3,940,981", "5,129,318,400", "1", "5,129,318,400"]
