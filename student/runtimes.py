@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -182,7 +181,7 @@ def load_runtime(
         ExportError: If it is no exported file, or a package is missing.
         ValueError: If runtime, file and device do not go together.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or torch.get_num_threads()
     is_onnx = path.suffix == ".onnx"
     if runtime == "torch":
         if is_onnx:
