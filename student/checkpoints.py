@@ -64,20 +64,29 @@ def save_whole(path: Path, content: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+def read_whole(path: Path, *, kind: str) -> Any:  # noqa: ANN401 - whatever the file holds
+    """Read a PyTorch file that should be of a ``kind``; nothing in it is run.
+
+    Raises:
+        CheckpointError: If it is not there, or no such file, or damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except Exception as error:  # damaged bytes make an unpickler fail in any way there is
+        raise CheckpointError(
+            f"{path} is not {kind}, or is damaged, or not completely copied"
+        ) from error
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint; nothing in the file is run.
 
     Raises:
         CheckpointError: If it is not there, damaged, or something else.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except Exception as error:  # damaged bytes make an unpickler fail in any way there is
-        raise CheckpointError(
-            f"{path} is not a checkpoint, or is damaged, or not completely copied"
-        ) from error
+    content = read_whole(path, kind="a checkpoint")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint of TinyHD Toolkit")
     if content.get("version") != VERSION:

@@ -66,7 +66,7 @@ def export_onnx(model: TinyHD, path: Path, *, batch: int = 1) -> float:
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     onnx = _import_onnx()
-    _import_onnxruntime()
+    import_onnxruntime()
     if not path.parent.is_dir():
         raise ExportError(f"the folder {path.parent} does not exist; make it or choose another")
     config = model.config
@@ -112,7 +112,7 @@ def export_onnx(model: TinyHD, path: Path, *, batch: int = 1) -> float:
             )
         partial.replace(path)
     except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror}") from error
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
     return difference
@@ -153,13 +153,14 @@ def _shape_of(value: Any) -> tuple[int, ...]:  # noqa: ANN401 - protobuf's Value
 
 
 def _run(path: Path, clip: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    onnxruntime = _import_onnxruntime()
+    onnxruntime = import_onnxruntime()
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     saliency: npt.NDArray[np.float32] = session.run(None, {"clip": clip})[0]
     return saliency
 
 
-def _import_onnxruntime() -> Any:  # noqa: ANN401 - the module
+def import_onnxruntime() -> Any:  # noqa: ANN401 - the module
+    """Import an optional package, or say how to install it."""
     try:
         import onnxruntime
     except ImportError as error:

@@ -151,8 +151,8 @@ def predict_videos(
         VideoError: If a path holds no video.
         PredictionError: If nothing can be written.
     """
-    inside = out.resolve()  # what was predicted before is not predicted again
-    videos = [v for v in find_videos(paths) if not v.absolute.is_relative_to(inside)]
+    # An overlay lies beside its record; it is no video to predict, wherever ``out`` is.
+    videos = [v for v in find_videos(paths) if not (v.absolute.parent / RECORD).is_file()]
     frames = {video.id: _frames_told(video) for video in videos}
     report = PredictReport()
     total = sum(frames.values())
@@ -175,8 +175,8 @@ def predict_videos(
                     shutil.rmtree(_partial(out / video.id), ignore_errors=True)
             except OSError as error:
                 raise PredictionError(
-                    f"cannot write below {out}: {error.strerror}; what is there is kept, and the "
-                    "same command continues"
+                    f"cannot write below {out}: {error.strerror or error}; what is there is kept, "
+                    "and the same command continues"
                 ) from error
     return report
 

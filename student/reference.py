@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from stores.errors import TinyHDError
 from student.blocks import InvertedResidual
-from student.checkpoints import FORMAT, save_whole
+from student.checkpoints import FORMAT, CheckpointError, read_whole, save_whole
 from student.config import TinyHDConfig
 from student.tinyhd import TinyHD
 
@@ -138,13 +138,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         WeightsError: If the file holds no such weights.
     """
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path} does not exist") from error
-    except Exception as error:  # damaged bytes make an unpickler fail in any way there is
-        raise WeightsError(
-            f"{path} is not a file of PyTorch weights, or is damaged, or not completely copied"
-        ) from error
+        content = read_whole(path, kind="a file of PyTorch weights")
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
         raise WeightsError(
             f"{path} is a checkpoint of TinyHD Toolkit already, not published weights"

@@ -15,7 +15,13 @@ import torch
 
 from student.checkpoints import load_model
 from student.config import TinyHDConfig
-from student.export import ExportError, export_onnx, missing_package, read_onnx_config
+from student.export import (
+    ExportError,
+    export_onnx,
+    import_onnxruntime,
+    missing_package,
+    read_onnx_config,
+)
 from student.streaming import StreamingStudent
 from student.tinyhd import TinyHD
 
@@ -113,10 +119,7 @@ class OnnxRuntime(_OnnxFile):
     """ONNX Runtime on the CPU, from a file of :func:`student.export.export_onnx`."""
 
     def __init__(self, path: Path, *, threads: int) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ExportError(missing_package("onnxruntime", "onnx")) from error
+        onnxruntime = import_onnxruntime()
         config = read_onnx_config(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 import torch
 
@@ -18,7 +19,6 @@ from student.runtimes import RuntimeName, load_runtime
 from student.tinyhd import TinyHD
 from tests.student.networks import CONFIGS, fill_weights
 
-onnx = pytest.importorskip("onnx")
 RUNTIMES: tuple[RuntimeName, ...] = ("torch", "onnxruntime", "openvino")
 
 

@@ -31,8 +31,7 @@ def test_convolution_and_its_gradients_are_pytorchs(
     batch: int,
     frames: int,
 ) -> None:
-    if kernel[0] > frames + 2 * padding[0]:
-        pytest.skip("the kernel is longer than the clip")
+    frames = max(frames, kernel[0] - 2 * padding[0])  # a kernel is not longer than the clip
     torch.manual_seed(0)
     groups = channels if kernel != (1, 1, 1) and channels == outputs else 1
     conv = Conv(channels, outputs, kernel, stride, padding, groups=groups, bias=False)

@@ -260,10 +260,11 @@ def test_weights_that_give_no_numbers_are_refused(tmp_path: Path, make_video: Ma
 
 def test_what_was_predicted_is_no_video_to_predict(tmp_path: Path, make_video: MakeVideo) -> None:
     make_video(tmp_path / "videos" / "v.avi", frames=3)
-    out = tmp_path / "videos" / "saliency"
-    predict(tmp_path / "videos", out, network(1))
-    report = predict(tmp_path / "videos", out, network(1))
-    assert (report.videos, report.skipped) == (0, 1)
+    for out in (tmp_path / "videos" / "saliency", tmp_path / "videos"):
+        report = predict(tmp_path / "videos", out, network(1))
+        assert (report.videos, report.skipped) == (1, 0)
+        report = predict(tmp_path / "videos", out, network(1))
+        assert (report.videos, report.skipped) == (0, 1)
 
 
 def test_frames_wait_in_a_short_line(tmp_path: Path, make_video: MakeVideo) -> None:
