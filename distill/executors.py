@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ OBJECT_STORE_BYTES: Final = 80 * 1024**2
 class Executor(Protocol):
     """Does tasks and says what came of them."""
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Event | None]:
+    def run(self, tasks: Sequence[Task]) -> Generator[Event | None]:
         """Yield events as they come, and nothing now and then so that time can be looked at."""
 
 
@@ -36,7 +36,7 @@ class InlineExecutor:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Event | None]:
+    def run(self, tasks: Sequence[Task]) -> Generator[Event | None]:
         import torch
 
         threads = torch.get_num_threads()
@@ -84,7 +84,7 @@ class RayExecutor:
         self._settings = settings
         self._actors, self._cpus, self._address = actors, cpus_per_actor, address
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Event | None]:
+    def run(self, tasks: Sequence[Task]) -> Generator[Event | None]:
         import ray
 
         is_ours = not ray.is_initialized()
@@ -96,7 +96,7 @@ class RayExecutor:
             if is_ours:
                 ray.shutdown()
 
-    def _run(self, tasks: Sequence[Task]) -> Iterator[Event | None]:
+    def _run(self, tasks: Sequence[Task]) -> Generator[Event | None]:
         import ray
 
         waiting = deque(_Attempt(task) for task in tasks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -182,18 +183,20 @@ def _run_tasks(
         committers["frames"] = Committer(frames)
     with Progress(total, unit="frames", label=f"labelling with {labels.teacher}") as progress:
         try:
-            for event in executor.run(tasks):
-                if isinstance(event, ShardDone):
-                    committers[event.kind].add(event.receipt)
-                    report.shards += 1
-                    if event.kind == "labels":
-                        report.frames += event.num_frames
-                        progress.advance(event.num_frames)
-                elif isinstance(event, Failure):
-                    log.warning("failed %s: %s", event.video, event.reason)
-                    report.failures.append(event)
-                for committer in committers.values():
-                    committer.commit_if_due()
+            # Closed here: an exception's traceback would keep the workers for as long as it lives.
+            with closing(executor.run(tasks)) as events:
+                for event in events:
+                    if isinstance(event, ShardDone):
+                        committers[event.kind].add(event.receipt)
+                        report.shards += 1
+                        if event.kind == "labels":
+                            report.frames += event.num_frames
+                            progress.advance(event.num_frames)
+                    elif isinstance(event, Failure):
+                        log.warning("failed %s: %s", event.video, event.reason)
+                        report.failures.append(event)
+                    for committer in committers.values():
+                        committer.commit_if_due()
         finally:  # also when the run is interrupted: what lies on the disk is kept
             for committer in committers.values():
                 committer.commit()

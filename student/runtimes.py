@@ -177,7 +177,7 @@ def load_runtime(
         runtime: What computes.
         device: Where PyTorch computes.
         batch: Clips at once.  Default: 1; an exported file has its own number.
-        threads: Threads of the CPU.  Default: all.
+        threads: Threads of the CPU; PyTorch has one number for the whole process.  Default: all.
 
     Raises:
         CheckpointError: If the file is no checkpoint.

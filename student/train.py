@@ -166,7 +166,7 @@ def train(
         torch.manual_seed(config.seed)
         model = TinyHD(config.student).to(device)
         optimizer = build_optimizer(model, config)
-        state = _resume(run, model, optimizer)
+        state = _resume(run, model, optimizer, epochs=config.epochs)
         trainer = _Trainer(model, optimizer, label_set.layout, config, run, state)
         per_epoch = config.clips_per_video * len(split.training)
         done = state.epoch * per_epoch + min(per_epoch, state.batch * config.batch_size)
@@ -316,6 +316,7 @@ class _Trainer:
             optimizer=self._optimizer.state_dict(),
             random_state=torch.get_rng_state(),
             validation=validation,
+            threads=torch.get_num_threads(),
             **state,
         )
         self._saved_at = time.monotonic()
@@ -367,7 +368,7 @@ def _check_device(device: str) -> None:
         raise TrainingError(f"device {device!r} cannot be used: {reason}") from error
 
 
-def _resume(run: RunDir, model: TinyHD, optimizer: torch.optim.SGD) -> TrainState:
+def _resume(run: RunDir, model: TinyHD, optimizer: torch.optim.SGD, *, epochs: int) -> TrainState:
     checkpoint = run.checkpoint
     if checkpoint is None:
         return TrainState()
@@ -384,6 +385,14 @@ def _resume(run: RunDir, model: TinyHD, optimizer: torch.optim.SGD) -> TrainStat
             "from; choose another --out"
         ) from error
     log.info("continuing %s after step %d", run.path, state.step)
+    threads, now = checkpoint.get("threads"), torch.get_num_threads()
+    is_on_cpu = next(model.parameters()).device.type == "cpu"
+    if threads not in (None, now) and is_on_cpu and state.epoch < epochs:
+        log.warning(
+            "%s was trained with %s CPU threads, and goes on with %d: sums in another order differ "
+            "in their last digits from what it would have given (OMP_NUM_THREADS=%s keeps them)",
+            *(run.path, threads, now, threads),
+        )
     return state
 
 

@@ -9,9 +9,18 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED = PROJECT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def threads_of_the_process() -> Iterator[None]:
+    """Give every test PyTorch's own number of threads: sums in another order are other numbers."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

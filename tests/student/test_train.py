@@ -86,8 +86,10 @@ def test_stopped_run_continues_exactly(
     script = f"""
 import sys
 from pathlib import Path
+import torch
 from student.config import build_config
 from student.train import TrainConfig, train
+torch.set_num_threads({torch.get_num_threads()})
 config = TrainConfig(student=build_config("tinyhd-s-rc4", height=32, width=32), epochs=2,
     clips_per_video=8, batch_size=3, learning_rate=0.05, holdout=0.3, validation_clips=2)
 state = train(Path({str(store)!r}), Path({str(out)!r}), config, checkpoint_seconds=0)
@@ -112,6 +114,20 @@ sys.exit(0 if state.is_complete else 7)
     for name, values in whole["weights"].items():
         assert torch.equal(values, cut["weights"][name]), name
     assert whole["best_kl"] == cut["best_kl"]
+
+
+def test_other_threads_are_said_when_a_run_continues(
+    labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    threads = torch.get_num_threads()
+    config, last = replace(SMALL, epochs=1), tmp_path / "run" / "last.pt"
+    for now in (threads, threads, threads + 1):  # the last two find nothing left to do
+        torch.set_num_threads(now)
+        train(labelled, tmp_path / "run", config)
+    assert "last digits" not in caplog.text
+    torch.save({**read_checkpoint(last), "epoch": 0, "batch": 0}, last)
+    train(labelled, tmp_path / "run", config)
+    assert f"with {threads} CPU threads, and goes on with {threads + 1}" in caplog.text
 
 
 def test_finished_run_is_not_done_again(labelled: Path, tmp_path: Path) -> None:
