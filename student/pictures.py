@@ -38,6 +38,8 @@ COLOURS: Final[Picture] = (
 """Colour of each gray value."""
 OPACITIES: Final[GrayMap] = (OVERLAY_OPACITY * np.arange(256)).round().astype(np.uint8)
 CAPTION_HEIGHT: Final = 24
+MBTREE_WIDTH: Final = 128
+"""Pixels; x264's macroblock tree is not deterministic in narrower rows where it uses AVX-512."""
 
 
 def colour_map(saliency: Map) -> Picture:
@@ -151,6 +153,8 @@ class VideoWriter:
 
         if self._stream is None:
             options = {"crf": "20", "preset": "veryfast"}
+            if picture.shape[1] < MBTREE_WIDTH:
+                options["mbtree"] = "0"
             self._stream = self._container.add_stream("libx264", rate=self._fps, options=options)
             self._stream.height, self._stream.width = picture.shape[:2]
             self._stream.pix_fmt = "yuv420p"
