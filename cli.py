@@ -46,6 +46,21 @@ class Size(click.ParamType[tuple[int, int]]):
         return int(height), int(width)
 
 
+class StorePlace(click.ParamType[str]):
+    """A folder, or a URL of an object store."""
+
+    name = "PATH|URL"
+
+    def convert(
+        self,
+        value: Any,  # noqa: ANN401 - click's signature
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str:
+        """Return ``value`` as it is: what lies there is seen when it is opened."""
+        return str(value)
+
+
 class Commands(click.Group):
     """A group that shows a user's mistakes as one line, without a traceback."""
 
@@ -78,9 +93,7 @@ def cli(*, verbose: bool) -> None:
 @cli.command("distill")
 @click.argument("videos", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--teacher", type=click.Choice(TEACHER_NAMES), required=True, help="Who labels.")
-@click.option(
-    "--store", type=click.Path(path_type=Path), required=True, help="Store to fill; made if needed."
-)
+@click.option("--store", type=StorePlace(), required=True, help="Store to fill; made if needed.")
 @click.option("--size", type=Size(), help="Frames fed to the teacher.  [default: as published]")
 @click.option("--with-frames", type=Size(), help="Keep the frames too, at a student's size.")
 @click.option("--actors", type=click.IntRange(min=1), help="Workers.  [default: what CPUs allow]")
@@ -102,7 +115,7 @@ def cli(*, verbose: bool) -> None:
     help="Where workers run; inline: one, in this process.",
 )
 @click.option("--address", help="Ray cluster to use.  [default: one of its own on this machine]")
-def distill_command(videos: tuple[Path, ...], store: Path, **options: Any) -> None:  # noqa: ANN401
+def distill_command(videos: tuple[Path, ...], store: str, **options: Any) -> None:  # noqa: ANN401
     """Label VIDEOS, files or folders, with a teacher and keep its soft targets.
 
     What is in the store already is not done again: a stopped run is continued by the same command.
@@ -125,12 +138,7 @@ def distill_command(videos: tuple[Path, ...], store: Path, **options: Any) -> No
 
 
 @cli.command("train")
-@click.option(
-    "--store",
-    type=click.Path(exists=True, path_type=Path),
-    required=True,
-    help="Store with the soft targets.",
-)
+@click.option("--store", type=StorePlace(), required=True, help="Store with the soft targets.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -166,7 +174,7 @@ def distill_command(videos: tuple[Path, ...], store: Path, **options: Any) -> No
 @click.option("--loader-workers", type=click.IntRange(min=0), default=0, help="Reading processes.")
 def train_command(
     *,
-    store: Path,
+    store: str,
     out: Path,
     labels: str | None,
     variant: str,

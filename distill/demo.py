@@ -150,7 +150,7 @@ def _score_and_draw(
     state: TrainState,
     seconds: dict[str, float],
 ) -> DemoReport:
-    store = labels.store.path
+    store = labels.store.url
     height, width = config.student.height, config.student.width
     dataset = ClipDataset(store, labels.name, height=height, width=width)
     held_out = [
@@ -180,7 +180,7 @@ def _score_and_draw(
         size=(height, width),
         clips=CLIPS,
         label_set=labels.name,
-        store_bytes=sum(file.stat().st_size for file in store.rglob("*") if file.is_file()),
+        store_bytes=sum(size for _, size in labels.store.place.list()),
         steps=state.step,
         uniform_kl=sum(uniform) / len(uniform),
         untrained=untrained,

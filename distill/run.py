@@ -75,12 +75,14 @@ class DistillReport:
         return f"{text}, {len(self.failures)} videos failed" if self.failures else text
 
 
-def label_videos(paths: Sequence[Path], store: Path, settings: DistillSettings) -> DistillReport:
+def label_videos(
+    paths: Sequence[Path], store: str | Path, settings: DistillSettings
+) -> DistillReport:
     """Label videos with a teacher into a store; what the store has is not done again.
 
     Args:
         paths: Video files, and folders that are searched for them.
-        store: The store; made if it is not there.
+        store: Path or URL of the store; made if it is not there.
         settings: How.
 
     Raises:
@@ -128,7 +130,7 @@ def _label_records(
     began = time.monotonic()
     if tasks:
         worker = WorkerSettings(
-            store=store.path.resolve(),
+            store=store.place.absolute_url,
             token=token,
             labels=labels.name,
             frames=frames.name if frames is not None else None,
@@ -156,7 +158,7 @@ def _add_records(
         known = store.find_video(record.id)
         if known is not None and known.content_hash != record.content_hash:
             error = VideoChangedError(
-                f"{record.absolute} has other content than the {record.id!r} in {store.path}; "
+                f"{record.absolute} has other content than the {record.id!r} in {store.url}; "
                 "give it another name, or label it into another store"
             )
             log.warning("skipped %s: %s", record.id, error)

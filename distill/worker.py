@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from distill.label import ShardDone, label_video
 from distill.plan import Failure, Task
@@ -21,7 +20,8 @@ Event = ShardDone | Failure
 class WorkerSettings:
     """What a worker needs to know; it travels to other processes and machines."""
 
-    store: Path
+    store: str
+    """Path or URL."""
     token: str
     """Of the driver; a worker writes only as long as this driver has the store."""
     labels: str

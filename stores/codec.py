@@ -8,7 +8,7 @@ log-density within *s*/2 up to a constant: by Hoeffding's lemma KL(exact || stor
 from __future__ import annotations
 
 import warnings
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -69,19 +69,6 @@ def check_planes(planes: Planes, *, video: str, first_frame: int) -> None:
         f"{planes[frame, map_index, y, x]} at row {y}, column {x}; only finite logits up to "
         f"+-{LIMIT:g} can be stored"
     )
-
-
-def grid_codecs(grid_step: float) -> dict[str, Any]:
-    """Return the codecs of a map array, as arguments of ``Group.create_array``."""
-    from zarr.codecs.numcodecs import FixedScaleOffset, PCodec
-
-    check_grid_step(grid_step)
-    to_grid = FixedScaleOffset(offset=0, scale=round(1 / grid_step), dtype="<f4", astype="<i2")
-    return {
-        "filters": [to_grid],
-        "serializer": PCodec(level=PCODEC_LEVEL),
-        "compressors": None,
-    }
 
 
 def silence_codec_remark() -> None:

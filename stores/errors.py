@@ -27,6 +27,10 @@ class StoreBusyError(TargetStoreError):
     """Another process is writing the store."""
 
 
+class StoreWriteError(TargetStoreError, OSError):
+    """Something could not be written: no space, no permission, no network."""
+
+
 class LabelSetNotFoundError(TargetStoreError, LookupError):
     """A store has no label set, or no frame set, of the asked name."""
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from stores.codec import kl_error_bound, logit_error_bound
+
 
 @dataclass(frozen=True, kw_only=True)
 class MapSpec:
@@ -101,6 +103,33 @@ class MapLayout:
                 "hierarchical": tuple(values["hierarchical"]),
             }
         )
+
+
+def error_bounds(layout: MapLayout, grid_step: float) -> dict[str, Any]:
+    """Return how far stored values and what follows from them may be off.
+
+    A sigmoid's slope is at most 1/4, so a sum of sigmoids weighted by *w* moves by at most
+    s * sum(abs(w)) / 8. Its sigmoid's logarithm moves by no more; a sum with nothing negative in it
+    keeps the bound of its terms. Elsewhere there is no bound, which is None.
+
+    Returns:
+        ``logit``: of a stored value; ``kl_nats``: KL(exact || stored) of a stored map; ``derived``:
+        for each derived map ``logit``, of the sum, and ``kl_nats``.
+    """
+    activations = {spec.name: spec.activation for spec in layout.maps}
+    derived = {}
+    for rule in layout.derived:
+        weights = [weight for _, weight in rule.terms]
+        is_bounded = all(activations[name] == "sigmoid" for name, _ in rule.terms)
+        logit = grid_step * sum(map(abs, weights)) / 8 if is_bounded else None
+        kl = None
+        if rule.activation == "sigmoid" and logit is not None:
+            kl = kl_error_bound(2 * logit)
+        elif rule.activation == "identity" and min([*weights, rule.bias]) >= 0:
+            kl = kl_error_bound(grid_step)
+        derived[rule.name] = {"logit": logit, "kl_nats": kl}
+    bounds = {"logit": logit_error_bound(grid_step), "kl_nats": kl_error_bound(grid_step)}
+    return {**bounds, "derived": derived}
 
 
 def render_maps(

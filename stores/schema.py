@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Literal
 
-from stores.codec import GRID_STEP, grid_codecs, kl_error_bound, logit_error_bound
+from stores.codec import GRID_STEP
 from stores.frames import RESIZE_RULE, RESIZE_VERSION
-from stores.maps import MapLayout
+from stores.maps import MapLayout, error_bounds
+from stores.shard_file import GridPacking, ShardFormat, ZstdPacking
 
 FORMAT: Final = "tinyhd-targets"
 VERSION: Final = 1
@@ -22,6 +23,8 @@ VERSION: Final = 1
 FRAME_ALIGNMENT: Final = 256
 """Every video starts at a multiple of this on the frame axis, so that no shard holds two videos."""
 CHUNK_FRAMES: Final = 8
+GRID_PACKING: Final = "grid, differences in time, pcodec"
+ZSTD_PACKING: Final = "zstd"
 RECEIPT_CHUNK: Final = 1024
 VIDEO_CHUNK: Final = 4096
 DIGEST_BYTES: Final = 32
@@ -53,9 +56,12 @@ class ArraySpec:
     dtype: str
     fill_value: float
     axes: tuple[str, ...]
-    shape: tuple[int, ...]
-    chunk_frames: int
-    codecs: Mapping[str, Any]
+    format: ShardFormat
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one frame."""
+        return self.format.packing.shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,7 @@ class LabelRequest:
             "variant": self.variant,
             "grid_step": self.grid_step,
             "shard_frames": self.shard_frames,
+            "packing": _packing(GRID_PACKING),
         }
 
     @property
@@ -97,20 +104,15 @@ class LabelRequest:
     @property
     def attributes(self) -> dict[str, Any]:
         """Attributes of the label set's group."""
-        bounds = {
-            "logit": logit_error_bound(self.grid_step),
-            "kl_nats": kl_error_bound(self.grid_step),
-        }
         return {
             **self.identity,
             "fingerprint": fingerprint(self.identity),
-            "error_bounds": bounds,
+            "error_bounds": error_bounds(self.layout, self.grid_step),
             "description": dict(self.description),
         }
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        codecs = grid_codecs(self.grid_step)
         arrays = self.layout.arrays
         return tuple(
             ArraySpec(
@@ -118,9 +120,11 @@ class LabelRequest:
                 dtype="float32",
                 fill_value=float("nan"),
                 axes=_map_axes(specs[0].height, specs[0].width, is_only=len(arrays) == 1),
-                shape=(len(specs), specs[0].height, specs[0].width),
-                chunk_frames=CHUNK_FRAMES,
-                codecs=codecs,
+                format=ShardFormat(
+                    GridPacking((len(specs), specs[0].height, specs[0].width), self.grid_step),
+                    self.shard_frames,
+                    CHUNK_FRAMES,
+                ),
             )
             for name, specs in arrays.items()
         )
@@ -151,6 +155,7 @@ class FrameRequest:
             "decoder": dict(self.decoder),
             "resize_version": RESIZE_VERSION,
             "shard_frames": self.shard_frames,
+            "packing": _packing(ZSTD_PACKING),
         }
 
     @property
@@ -168,17 +173,14 @@ class FrameRequest:
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        from zarr.codecs import ZstdCodec
-
+        packing = ZstdPacking((self.height, self.width, 3), "uint8")
         return (
             ArraySpec(
                 name=f"rgb_{self.height}x{self.width}",
                 dtype="uint8",
                 fill_value=0,
                 axes=("y", "x", "channel"),
-                shape=(self.height, self.width, 3),
-                chunk_frames=CHUNK_FRAMES,
-                codecs={"compressors": ZstdCodec(level=3)},
+                format=ShardFormat(packing, self.shard_frames, CHUNK_FRAMES),
             ),
         )
 
@@ -187,6 +189,12 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     """Return the SHA-256, in hexadecimal, of a request's canonical JSON."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest(attributes: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a group's attributes, by which damage is found."""
+    covered = {key: attributes[key] for key in attributes if key not in ("digest", "dropped")}
+    return fingerprint(covered)
 
 
 def environment(**values: str | int) -> dict[str, str | int]:
@@ -200,6 +208,10 @@ def environment(**values: str | int) -> dict[str, str | int]:
         "torch": torch.__version__,
         **values,
     }
+
+
+def _packing(name: str) -> dict[str, str | int]:
+    return {"name": name, "chunk_frames": CHUNK_FRAMES}
 
 
 def _map_axes(height: int, width: int, *, is_only: bool) -> tuple[str, ...]:

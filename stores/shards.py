@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +13,11 @@ import zarr
 
 from stores import schema
 from stores.codec import check_planes
-from stores.errors import StoreBusyError, TargetStoreError, VideoNotLabelledError
+from stores.errors import TargetStoreError, VideoNotLabelledError
+from stores.lease import check_token
 from stores.maps import MapLayout
+from stores.places import writing
+from stores.shard_file import GridPacking, Packing, ShardFormat, ZstdPacking
 from stores.videos import VideoRecord
 
 if TYPE_CHECKING:
@@ -42,25 +43,34 @@ class Receipt:
 class ShardSet:
     """Arrays of one group, all along the frame axis, and their receipts."""
 
+    packing_name: ClassVar[str]
+
     def __init__(self, store: TargetStore, group: zarr.Group) -> None:
         self.store = store
         self.name: str = group.basename
+        self.key: str = group.path
         self.attributes: dict[str, Any] = dict(group.attrs)
         try:
             self.fingerprint = str(self.attributes["fingerprint"])
             self.shard_frames = int(self.attributes["shard_frames"])
             self.array_names = [str(name) for name in self.attributes["arrays"]]
-            if self.shard_frames < 1:
-                raise ValueError(f"shard_frames is {self.shard_frames}")
+            packing = self.attributes["packing"]
+            if packing["name"] != self.packing_name:
+                raise ValueError(f"packed by {packing['name']!r}, which this program does not know")
+            chunk_frames = int(packing["chunk_frames"])
+            if not 1 <= chunk_frames <= self.shard_frames or self.shard_frames % chunk_frames:
+                raise ValueError(f"{self.shard_frames} frames per shard, {chunk_frames} per chunk")
+            self.formats = {
+                name: ShardFormat(
+                    self._packing(array_in(group, name).shape[1:]), self.shard_frames, chunk_frames
+                )
+                for name in self.array_names
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(store, group, error) from error
         self._group = group
-        # A shard of black frames equals the fill value, and must be written all the same.
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            self._arrays = {name: array_in(group, name) for name in self.array_names}
-        self._receipts = array_in(group, "receipts")
         self._token: str | None = None
-        self._found: set[int] = set()
+        self._indices: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -70,12 +80,18 @@ class ShardSet:
             TargetStoreError: If they are damaged.
         """
         try:
+            # Opened again: it may have grown.
+            self._receipts = array_in(self._group, "receipts")
             self._committed = np.asarray(self._receipts[:])
+        except TargetStoreError:
+            raise
         except Exception as error:  # damaged chunks make a codec fail in any way
             raise TargetStoreError(
-                f"the receipts of {self.name} in {self.store.path} are damaged: {error}"
+                f"the receipts of {self.name} in {self.store.url} are damaged ({error}); find out "
+                f"more with: tinyhd store verify {self.store.url}"
             ) from error
         self._has_receipt: npt.NDArray[np.bool_] = np.any(self._committed, axis=(1, 2))
+        self._indices.clear()
 
     def shards(self, video: VideoRow) -> range:
         """Return the shards, counted along the whole frame axis, that hold a video's frames."""
@@ -99,6 +115,12 @@ class ShardSet:
     def num_committed(self) -> int:
         """Shards that have a receipt."""
         return int(self._has_receipt.sum())
+
+    def receipt(self, shard: int) -> Receipt | None:
+        """Return the receipt of a shard, or nothing if it is not committed."""
+        if not self.is_committed(shard):
+            return None
+        return Receipt(shard, tuple(digest.tobytes() for digest in self._committed[shard]))
 
     def coverage(self, video: VideoRow) -> list[range]:
         """Return the spans of a video's frames that are there, in order and as long as can be."""
@@ -124,26 +146,25 @@ class ShardSet:
 
         Raises:
             TargetValueError: If a value cannot be stored.
+            StoreWriteError: If the shard cannot be written.
             StoreBusyError: If another driver has taken over the store.
             ValueError: If arrays or frames are missing.
         """
-        if self._token is not None and token_path(self.store.path).read_text() != self._token:
-            raise StoreBusyError(f"another process has taken over {self.store.path}")
+        if self._token is not None:
+            check_token(self.store.place, self._token)
         span = self.frames_of(shard, video)
         if set(data) != set(self.array_names):
             raise ValueError(f"shard of {self.name} needs {self.array_names}, got {sorted(data)}")
         for name, values in data.items():  # all are looked at before the first is written
-            if len(values) != len(span):
-                raise ValueError(f"{name} needs {len(span)} frames, got {len(values)}")
+            shape = (len(span), *self.formats[name].packing.shape)
+            if values.shape != shape:
+                raise ValueError(f"{name} needs the shape {shape}, got {values.shape}")
             self._check(values, video, span)
-        rows = slice(shard * self.shard_frames, (shard + 1) * self.shard_frames)
         digests = []
         for name in self.array_names:
-            values = data[name]
-            if filling := self.shard_frames - len(values):
-                values = np.concatenate([values, np.repeat(values[-1:], filling, axis=0)])
-            self._arrays[name][rows] = values
-            digests.append(_flush_and_hash(self._object_path(name, shard)))
+            packed = self.formats[name].pack(data[name])
+            self.store.place.write(self.shard_key(name, shard), packed)
+            digests.append(hashlib.sha256(packed).digest())
         return Receipt(shard, tuple(digests))
 
     def write_only_for(self, token: str) -> None:
@@ -152,15 +173,25 @@ class ShardSet:
 
     def commit(self, receipts: Iterable[Receipt]) -> None:
         """Make shards readable; only the store's driver does it."""
-        touched = set()
-        for receipt in receipts:
-            digests = np.frombuffer(b"".join(receipt.digests), np.uint8)
-            self._committed[receipt.shard] = digests.reshape(self._committed.shape[1:])
-            self._has_receipt[receipt.shard] = True
-            touched.add(receipt.shard // schema.RECEIPT_CHUNK)
-        for chunk in sorted(touched):
+        self._write_receipts({receipt.shard: b"".join(receipt.digests) for receipt in receipts})
+
+    def clear(self, shards: Iterable[int]) -> None:
+        """Take back the receipts of shards, which are then not there any more."""
+        nothing = bytes(len(self.array_names) * schema.DIGEST_BYTES)
+        self._write_receipts({shard: nothing for shard in shards if self.is_committed(shard)})
+
+    def _write_receipts(self, digests: Mapping[int, bytes]) -> None:
+        self.store.check_driver()
+        for shard, values in digests.items():
+            row = np.frombuffer(values, np.uint8).reshape(self._committed.shape[1:])
+            self._committed[shard] = row
+            self._has_receipt[shard] = row.any()
+            for name in self.array_names:
+                self._indices.pop((name, shard), None)
+        for chunk in sorted({shard // schema.RECEIPT_CHUNK for shard in digests}):
             rows = slice(chunk * schema.RECEIPT_CHUNK, (chunk + 1) * schema.RECEIPT_CHUNK)
-            self._receipts[rows] = self._committed[rows]
+            with writing(self.store.url):
+                self._receipts[rows] = self._committed[rows]
 
     def read_arrays(self, video: VideoRow, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
         """Return the values of frames ``start`` to ``stop`` (exclusive), keyed by array.
@@ -179,30 +210,64 @@ class ShardSet:
         if not all(self.is_committed(shard) for shard in shards):
             raise VideoNotLabelledError(
                 f"frames {start}-{stop} of {video.id!r} are not in {self.name} of "
-                f"{self.store.path}; add them with: tinyhd distill VIDEOS --store {self.store.path}"
+                f"{self.store.url}; add them with: tinyhd distill VIDEOS --store {self.store.url}"
             )
-        for shard in set(shards) - self._found:
-            for name in self.array_names:
-                if not (path := self._object_path(name, shard)).is_file():
-                    raise TargetStoreError(
-                        f"{path} is gone, though its receipt is there; restore the store"
-                    )
-            self._found.add(shard)
-        try:
-            return {name: np.asarray(array[first:last]) for name, array in self._arrays.items()}
-        except Exception as error:  # damaged chunks make a codec fail in any way
-            raise TargetStoreError(
-                f"frames {start}-{stop} of {video.id!r} in {self.name} of {self.store.path} are "
-                f"damaged ({error}); restore the store"
-            ) from error
+        return {name: self._read(name, first, last) for name in self.array_names}
+
+    def shard_key(self, name: str, shard: int) -> str:
+        """Return the key of a shard's object."""
+        return f"{self.key}/{name}/c.{shard}" + ".0" * len(self.formats[name].packing.shape)
+
+    def _read(self, name: str, first: int, last: int) -> npt.NDArray[Any]:
+        """Read entries ``first`` to ``last`` (exclusive) of the frame axis."""
+        form = self.formats[name]
+        values = np.empty((last - first, *form.packing.shape), form.packing.dtype)
+        chunk_frames = form.chunk_frames
+        for shard in range(first // self.shard_frames, -(-last // self.shard_frames)):
+            begin = shard * self.shard_frames
+            start, stop = max(first - begin, 0), min(last - begin, self.shard_frames)
+            chunks = range(start // chunk_frames, -(-stop // chunk_frames))
+            key = self.shard_key(name, shard)
+            try:
+                index = self._index(name, shard)[chunks.start : chunks.stop].tolist()
+                parts = self.store.place.read_ranges(key, index)
+                for chunk, part in zip(chunks, parts, strict=True):
+                    rows = range(chunk * chunk_frames, (chunk + 1) * chunk_frames)
+                    wanted = range(max(rows.start, start), min(rows.stop, stop))
+                    place = values[wanted.start + begin - first : wanted.stop + begin - first]
+                    if len(wanted) == chunk_frames:
+                        form.packing.unpack_into(part, place)
+                    else:
+                        whole = np.empty((chunk_frames, *form.packing.shape), values.dtype)
+                        form.packing.unpack_into(part, whole)
+                        place[...] = whole[wanted.start - rows.start : wanted.stop - rows.start]
+            except FileNotFoundError as error:
+                raise self._damaged_shard(key, "is gone, though its receipt is there") from error
+            except (OSError, ValueError) as error:
+                self._indices.pop((name, shard), None)
+                raise self._damaged_shard(key, f"is damaged or cannot be read ({error})") from error
+        return values
+
+    def _index(self, name: str, shard: int) -> npt.NDArray[np.int64]:
+        index = self._indices.get((name, shard))
+        if index is None:
+            form, key = self.formats[name], self.shard_key(name, shard)
+            end, size = self.store.place.read_end(key, form.index_bytes)
+            index = self._indices[name, shard] = form.read_index(end, size)
+        return index
+
+    def _damaged_shard(self, key: str, what: str) -> TargetStoreError:
+        return TargetStoreError(
+            f"{key} in {self.store.url} {what}; clear what is damaged with: tinyhd store verify "
+            f"{self.store.url} --repair, and label it again"
+        )
 
     def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
         """Refuse values that the arrays cannot hold."""
 
-    def _object_path(self, name: str, shard: int) -> Path:
-        array = self._arrays[name]
-        key: str = array.metadata.encode_chunk_key((shard,) + (0,) * (array.ndim - 1))
-        return Path(self.store.path, array.path, key)
+    def _packing(self, shape: tuple[int, ...]) -> Packing:
+        """Return how an array's frames of a shape are packed."""
+        raise NotImplementedError
 
 
 class LabelSet(ShardSet):
@@ -213,6 +278,8 @@ class LabelSet(ShardSet):
         teacher: The teacher's name.
         window: Frames that the teacher looks at to label one.
     """
+
+    packing_name = schema.GRID_PACKING
 
     def __init__(self, store: TargetStore, group: zarr.Group) -> None:
         super().__init__(store, group)
@@ -238,9 +305,15 @@ class LabelSet(ShardSet):
     def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
         check_planes(values, video=video.id, first_frame=span.start)
 
+    def _packing(self, shape: tuple[int, ...]) -> Packing:
+        maps, height, width = shape
+        return GridPacking((maps, height, width), float(self.attributes["grid_step"]))
+
 
 class FrameSet(ShardSet):
     """Decoded frames of the videos at one size."""
+
+    packing_name = schema.ZSTD_PACKING
 
     def __init__(self, store: TargetStore, group: zarr.Group) -> None:
         super().__init__(store, group)
@@ -259,10 +332,8 @@ class FrameSet(ShardSet):
         """
         return self.read_arrays(self.store.video(video), start, stop)[self.array_names[0]]
 
-
-def token_path(store: Path) -> Path:
-    """Return the file that names the driver that has a store."""
-    return store / "runs" / "driver"
+    def _packing(self, shape: tuple[int, ...]) -> Packing:
+        return ZstdPacking(shape, "uint8")
 
 
 def array_in(group: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -290,11 +361,4 @@ def group_in(group: zarr.Group, name: str) -> zarr.Group:
 
 
 def _damaged(store: TargetStore, group: zarr.Group, error: Exception) -> TargetStoreError:
-    return TargetStoreError(f"the attributes of {group.path} in {store.path} are damaged: {error}")
-
-
-def _flush_and_hash(path: Path) -> bytes:
-    """Bring a file to the disk, so that a receipt never outlives its shard in a power cut."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").digest()
+    return TargetStoreError(f"the attributes of {group.path} in {store.url} are damaged: {error}")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from filelock import FileLock, Timeout
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from stores import schema
 from stores.codec import silence_codec_remark
@@ -24,15 +25,17 @@ from stores.errors import (
     FormatVersionError,
     LabelSetNotFoundError,
     NotATargetStoreError,
-    StoreBusyError,
     TargetStoreError,
     VideoChangedError,
     VideoNotFoundError,
 )
-from stores.shards import FrameSet, LabelSet, VideoRow, array_in, group_in, token_path
+from stores.lease import Lease, take_lease
+from stores.places import LocalPlace, Place, open_place, writing
+from stores.shards import FrameSet, LabelSet, VideoRow, array_in, group_in
 from stores.videos import VideoRecord
 
 Mode = Literal["r", "r+"]
+LOG_FOLDER: Final = "runs/log"
 
 
 class TargetStore:
@@ -42,91 +45,85 @@ class TargetStore:
     driver, which holds :meth:`writer`; workers write shards and commit nothing.
     """
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
-        self.path = path
+    def __init__(self, place: Place, group: zarr.Group) -> None:
+        self.place = place
+        self.url = place.url
         self._group = group
+        self._lease: Lease | None = None
+        self._log: list[str] = []
+        self._log_key = (
+            f"{LOG_FOLDER}/{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}.jsonl"
+        )
         self.videos: list[VideoRow] = []
         """Rows of videos that are not superseded, in the order of the store."""
         self.refresh()
 
     @classmethod
-    def create(cls, path: Path) -> TargetStore:
+    def create(cls, where: str | Path) -> TargetStore:
         """Make an empty store.
 
+        Args:
+            where: A path, or a URL of an object store.
+
         Raises:
-            NotATargetStoreError: If something else lies at ``path``.
+            NotATargetStoreError: If something else lies there.
+            StoreWriteError: If it cannot be written.
         """
         silence_codec_remark()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise NotATargetStoreError(f"{path} is there already and is no target store")
-        # Made beside its place and then renamed, so that a store is there whole or not at all.
-        building = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        if building.exists():  # of a killed process that had this number
-            shutil.rmtree(building)
-        attributes = {"format": schema.FORMAT, "version": schema.VERSION}
-        group = zarr.create_group(building, attributes=attributes)
-        videos = group.create_group("videos")
-        for name, (dtype, fill_value) in schema.VIDEO_COLUMNS.items():
-            wide = name == "content_hash"
-            videos.create_array(
-                name,
-                shape=(0, schema.DIGEST_BYTES) if wide else (0,),
-                chunks=(schema.VIDEO_CHUNK, schema.DIGEST_BYTES) if wide else (schema.VIDEO_CHUNK,),
-                dtype=dtype,
-                fill_value=fill_value,
-                dimension_names=("video", "byte") if wide else ("video",),
-            )
-        for folder in ("labels", "frames", "runs"):
-            group.create_group(folder)
-        try:
-            building.rename(path)
-        except OSError:  # another process was faster
-            shutil.rmtree(building)
-        return cls.open(path, mode="r+")
+        place = open_place(where)
+        place.create(_empty_store())
+        return cls.open(where, mode="r+")
 
     @classmethod
-    def open(cls, path: Path, *, mode: Mode = "r") -> TargetStore:
+    def open(cls, where: str | Path, *, mode: Mode = "r") -> TargetStore:
         """Open a store.
 
+        Args:
+            where: A path, or a URL of an object store.
+            mode: ``r`` to read, ``r+`` to write, too.
+
         Raises:
-            NotATargetStoreError: If there is no store at ``path``.
+            NotATargetStoreError: If there is no store.
             FormatVersionError: If the store is of another version of the format.
         """
         silence_codec_remark()
-        if not path.exists():
+        place = open_place(where)
+        if isinstance(place, LocalPlace) and not place.path.exists():
             raise NotATargetStoreError(
-                f"{path} does not exist; make it with: tinyhd distill VIDEOS --teacher pqft "
-                f"--store {path}"
+                f"{where} does not exist; make it with: tinyhd distill VIDEOS --teacher pqft "
+                f"--store {where}"
             )
         try:
-            group = zarr.open_group(path, mode=mode, zarr_format=3)
+            store = place.zarr_store(read_only=mode == "r")
+            group = zarr.open_group(store, mode=mode, zarr_format=3)
         except Exception as error:  # zarr fails in any way on metadata that is not its own
-            raise NotATargetStoreError(f"{path} is not a target store") from error
+            raise NotATargetStoreError(f"{where} is not a target store") from error
         if group.attrs.get("format") != schema.FORMAT:
-            raise NotATargetStoreError(f"{path} is a Zarr group, but not a target store")
+            raise NotATargetStoreError(f"{where} is a Zarr group, but not a target store")
         if (version := group.attrs.get("version")) != schema.VERSION:
             raise FormatVersionError(
-                f"{path} has format version {version}, this program reads version "
+                f"{where} has format version {version}, this program reads version "
                 f"{schema.VERSION}; use the tinyhd release that wrote it, or a newer one"
             )
         try:
-            return cls(path, group)
+            return cls(place, group)
         except TargetStoreError:
             raise
         except Exception as error:  # damaged chunks make a codec fail in any way
-            raise TargetStoreError(f"the table of videos in {path} is damaged: {error}") from error
+            raise TargetStoreError(
+                f"the table of videos in {where} is damaged ({error}); find out more with: "
+                f"tinyhd store verify {where}"
+            ) from error
 
     @classmethod
-    def open_if_there(cls, path: Path, *, mode: Mode = "r") -> TargetStore | None:
+    def open_if_there(cls, where: str | Path, *, mode: Mode = "r") -> TargetStore | None:
         """Open a store, or return nothing if there is only an empty folder or less."""
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-            return None
-        return cls.open(path, mode=mode)
+        return cls.open(where, mode=mode) if open_place(where).is_there() else None
 
     @classmethod
-    def open_or_create(cls, path: Path) -> TargetStore:
+    def open_or_create(cls, where: str | Path) -> TargetStore:
         """Open a store for writing; make it if there is none."""
-        return cls.open_if_there(path, mode="r+") or cls.create(path)
+        return cls.open_if_there(where, mode="r+") or cls.create(where)
 
     @contextmanager
     def writer(self) -> Iterator[str]:
@@ -139,26 +136,30 @@ class TargetStore:
         Raises:
             StoreBusyError: If another process is the driver.
         """
-        lock = FileLock(self.path / "runs" / "lease")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise StoreBusyError(
-                f"{self.path} is being written by another process; wait for it or stop it"
-            ) from error
-        with lock:
-            token = uuid.uuid4().hex
-            token_path(self.path).write_text(token)
-            for leftover in self.path.rglob("*.partial"):
-                leftover.unlink(missing_ok=True)
+        with take_lease(self.place) as lease:
+            self.place.remove_leftovers()
             self.refresh()
-            yield token
+            self._lease = lease
+            try:
+                yield lease.token
+            finally:
+                self._lease = None
+
+    def check_driver(self) -> None:
+        """Make sure, inside :meth:`writer`, that this process still is the driver.
+
+        Raises:
+            StoreBusyError: If another process has taken over.
+        """
+        if self._lease is not None:
+            self._lease.check()
 
     def refresh(self) -> None:
         """Read the table of videos again."""
-        table = self._video_table
-        first: npt.NDArray[np.int64] = np.asarray(table["first"][:])
+        # In this order: rows that are whole in "first" are whole in what is opened after it.
+        first = np.asarray(array_in(group_in(self._group, "videos"), "first")[:])
         rows = int((first >= 0).sum())
+        table = self._video_table
         columns = {name: np.asarray(table[name][:rows]) for name in schema.VIDEO_COLUMNS}
         self._num_rows = rows
         self._num_frames = 0
@@ -182,7 +183,7 @@ class TargetStore:
             VideoNotFoundError: If the store has no such video.
         """
         if video_id not in self._by_id:
-            raise VideoNotFoundError(f"{self.path} has no video {video_id!r}")
+            raise VideoNotFoundError(f"{self.url} has no video {video_id!r}")
         return self._by_id[video_id]
 
     def find_video(self, video_id: str) -> VideoRow | None:
@@ -209,7 +210,7 @@ class TargetStore:
             if known is not None:
                 if known.content_hash != record.content_hash:
                     raise VideoChangedError(
-                        f"{record.absolute} is not the video {record.id!r} that {self.path} was "
+                        f"{record.absolute} is not the video {record.id!r} that {self.url} was "
                         "labelled from: its content has changed; give it another name"
                     )
                 continue
@@ -219,20 +220,24 @@ class TargetStore:
             values = {field.name: getattr(record, field.name) for field in fields(VideoRecord)}
             new.append(VideoRow(**values, first=first))
         if new:
-            self._append_rows(new)
+            self.check_driver()
+            with writing(self.url):
+                self._append_rows(new)
             self.refresh()
 
     def ensure_label_set(
         self, request: schema.LabelRequest, environment: Mapping[str, str | int]
     ) -> LabelSet:
         """Return the label set of a request, made if it is not there, as long as the frame axis."""
-        return LabelSet(self, self._ensure_group(request, environment))
+        with writing(self.url):
+            return LabelSet(self, self._ensure_group(request, environment))
 
     def ensure_frame_set(
         self, request: schema.FrameRequest, environment: Mapping[str, str | int]
     ) -> FrameSet:
         """Return the frame set of a request, made if it is not there, as long as the frame axis."""
-        return FrameSet(self, self._ensure_group(request, environment))
+        with writing(self.url):
+            return FrameSet(self, self._ensure_group(request, environment))
 
     def label_set(self, name: str | None = None) -> LabelSet:
         """Open a label set by its name or the beginning of it; without a name, the only one.
@@ -257,10 +262,9 @@ class TargetStore:
         return max(fitting, key=lambda frames: frames.num_committed, default=None)
 
     def log_run(self, **entry: Any) -> None:  # noqa: ANN401 - any JSON value
-        """Add a line to the store's log of runs, which is not part of its content."""
-        line = json.dumps({"time": time.time(), "pid": os.getpid(), **entry})
-        with (self.path / "runs" / "log.jsonl").open("a") as file:
-            file.write(line + "\n")
+        """Add a line to the log of this run, which is not part of the store's content."""
+        self._log.append(json.dumps({"time": time.time(), "pid": os.getpid(), **entry}))
+        self.place.write(self._log_key, "".join(f"{line}\n" for line in self._log).encode())
 
     @property
     def _video_table(self) -> Mapping[str, Any]:
@@ -298,12 +302,12 @@ class TargetStore:
                     array.name,
                     shape=(length, *array.shape),
                     shards=(request.shard_frames, *array.shape),
-                    chunks=(array.chunk_frames, *array.shape),
+                    chunks=(array.format.chunk_frames, *array.shape),
                     dtype=array.dtype,
                     fill_value=array.fill_value,
                     dimension_names=("frame", *array.axes),
                     chunk_key_encoding={"name": "default", "separator": "."},
-                    **array.codecs,
+                    **array.format.packing.codecs,
                 )
             else:
                 _lengthen(array_in(group, array.name), length)
@@ -316,20 +320,19 @@ class TargetStore:
                 dtype="uint8",
                 fill_value=0,
                 dimension_names=("shard", "array", "byte"),
-                compressors=None,
+                compressors=Crc32cCodec(),
             )
         else:
             _lengthen(array_in(group, "receipts"), shards)
         if group.attrs.get("dropped"):
-            raise TargetStoreError(f"{request.name} is being dropped from {self.path}")
+            raise TargetStoreError(f"{request.name} is being dropped from {self.url}")
         found = group.attrs.get("fingerprint", request.attributes["fingerprint"])
         if found != request.attributes["fingerprint"]:
-            raise TargetStoreError(f"{group.path} in {self.path} was made for another request")
+            raise TargetStoreError(f"{group.path} in {self.url} was made for another request")
         if "fingerprint" not in group.attrs:  # written last: a set without it is not one yet
             names = [array.name for array in request.arrays]
-            group.attrs.update(
-                {**request.attributes, "arrays": names, "environment": dict(environment)}
-            )
+            attributes = {**request.attributes, "arrays": names, "environment": dict(environment)}
+            group.attrs.update({**attributes, "digest": schema.digest(attributes)})
         return group
 
     def _groups(self, folder: str) -> list[tuple[str, zarr.Group]]:
@@ -350,7 +353,31 @@ class TargetStore:
             return matches[0]
         there = ", ".join(n for n, _ in groups) or "none at all"
         wanted = "say which one with --labels" if name is None else f"{name!r} was asked for"
-        raise LabelSetNotFoundError(f"{self.path} holds these {folder}: {there}; {wanted}")
+        raise LabelSetNotFoundError(f"{self.url} holds these {folder}: {there}; {wanted}")
+
+
+def _empty_store() -> dict[str, bytes]:
+    """Return the objects of a store without videos, its root last."""
+    objects: dict[str, Buffer] = {}
+    group = zarr.create_group(
+        MemoryStore(objects), attributes={"format": schema.FORMAT, "version": schema.VERSION}
+    )
+    videos = group.create_group("videos")
+    for name, (dtype, fill_value) in schema.VIDEO_COLUMNS.items():
+        wide = name == "content_hash"
+        videos.create_array(
+            name,
+            shape=(0, schema.DIGEST_BYTES) if wide else (0,),
+            chunks=(schema.VIDEO_CHUNK, schema.DIGEST_BYTES) if wide else (schema.VIDEO_CHUNK,),
+            dtype=dtype,
+            fill_value=fill_value,
+            dimension_names=("video", "byte") if wide else ("video",),
+            compressors=(ZstdCodec(), Crc32cCodec()),
+        )
+    for folder in ("labels", "frames", "runs"):
+        group.create_group(folder)
+    keys = sorted(objects, key=lambda key: (key == "zarr.json", key))
+    return {key: objects[key].to_bytes() for key in keys}
 
 
 def _aligned(frames: int) -> int:

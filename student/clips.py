@@ -116,7 +116,7 @@ class ClipDataset(
     are then decoded from their beginning for every clip.
 
     Args:
-        store: Path of the store.
+        store: Path or URL of the store.
         labels: Name of the label set.
         height: Rows of the frames.
         width: Columns of the frames.
@@ -124,7 +124,13 @@ class ClipDataset(
     """
 
     def __init__(
-        self, store: Path, labels: str, *, height: int, width: int, videos_root: Path | None = None
+        self,
+        store: str | Path,
+        labels: str,
+        *,
+        height: int,
+        width: int,
+        videos_root: Path | None = None,
     ) -> None:
         self._path, self._name = store, labels
         self._height, self._width, self._root = height, width, videos_root

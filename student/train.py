@@ -112,7 +112,7 @@ class TrainState:
 
 
 def train(
-    store: Path,
+    store: str | Path,
     out: Path,
     config: TrainConfig,
     *,
@@ -127,7 +127,7 @@ def train(
     ``SIGINT`` and ``SIGTERM`` end training after the current step, with a checkpoint.
 
     Args:
-        store: The target store; it is only read.
+        store: Path or URL of the target store; it is only read.
         out: The run's folder.
         config: What is trained, and how.
         labels: Name of the label set, or its beginning; the only one if not given.

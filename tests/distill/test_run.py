@@ -165,7 +165,8 @@ def test_broken_video_among_good_ones_is_skipped(
     store = TargetStore.open(tmp_path / "targets.zarr")
     assert [video.id for video in store.videos] == ["good"]
     assert store.label_set().coverage(store.videos[0]) == [range(20)]
-    log = (store.path / "runs" / "log.jsonl").read_text().splitlines()
+    (file,) = Path(store.url, "runs", "log").iterdir()
+    log = file.read_text().splitlines()
     assert sum(json.loads(line)["event"] == "failure" for line in log) == 2
 
 
@@ -294,8 +295,8 @@ def ray_executor(tmp_path: Path, undisturbed: Path, local_ray: None) -> MakeExec
     labels._receipts[:] = 0
     labels.refresh()
     settings = WorkerSettings(
-        store=path,
-        token=(path / "runs" / "driver").read_text(),
+        store=str(path),
+        token=json.loads((path / "runs" / "driver").read_text())["token"],
         labels=labels.name,
         frames=None,
         teacher="pqft",

@@ -1,0 +1,247 @@
+"""One driver at a time: a lock on a local disk, a lease with heartbeats on an object store.
+
+Both leave a token in ``runs/driver``. Workers and the driver itself compare it before they write,
+so that those of a driver that was replaced stop.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final, Self
+
+from filelock import FileLock, Timeout
+
+from stores.errors import StoreBusyError, TargetStoreError
+from stores.places import LocalPlace, ObjectPlace, Place
+
+log = logging.getLogger(__name__)
+
+DRIVER_KEY: Final = "runs/driver"
+BEAT_SECONDS: Final = 5.0
+STALE_SECONDS: Final = 30.0
+"""A lease whose object has not changed for so long may be taken over."""
+
+
+class Lease(ABC):
+    """The right to write a store; use in a ``with``.
+
+    Attributes:
+        token: For workers, see :func:`check_token`.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.token = uuid.uuid4().hex
+
+    def check(self) -> None:
+        """Make sure that nobody has taken over.
+
+        Raises:
+            StoreBusyError: If another process has.
+        """
+        check_token(self._place, self.token)
+
+    @abstractmethod
+    def __enter__(self) -> Self:
+        """Take the lease.
+
+        Raises:
+            StoreBusyError: If another process has it.
+        """
+
+    @abstractmethod
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Give it back."""
+
+    def _entry(self, **values: str | float) -> bytes:
+        entry = {"token": self.token, "host": platform.node(), "pid": os.getpid(), **values}
+        return json.dumps(entry).encode()
+
+
+class FileLease(Lease):
+    """A lock of the operating system, which ends with its process."""
+
+    def __init__(self, place: LocalPlace) -> None:
+        super().__init__(place)
+        self._lock = FileLock(place.path / "runs" / "lease")
+
+    def __enter__(self) -> Self:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise _busy(self._place, _driver(self._place)) from error
+        self._place.write(DRIVER_KEY, self._entry())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+
+class ObjectLease(Lease):
+    """An object that is made if it is not there, renewed, and taken over when it is not.
+
+    Whether a lease still beats is seen from the object's changes and the clock of the one who
+    waits; the clocks of two machines are never compared.
+
+    Args:
+        place: Where the store lies.
+        beat_seconds: Time between two renewals.
+        stale_seconds: Time without a renewal after which the lease is another's to take.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        place: ObjectPlace,
+        *,
+        beat_seconds: float = BEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(place)
+        self._objects, self._url = place.objects, place.url
+        self._beat, self._stale, self._clock = beat_seconds, stale_seconds, clock
+        self._tag: str | None = None
+        self._is_lost = threading.Event()
+        self._is_released = threading.Event()
+        self._renewed_at = 0.0
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        tag, entry = self._look()
+        if tag is not None and entry.get("token") is not None:
+            tag = self._wait_until_stale(tag, entry)
+        if not self._put(tag):
+            raise _busy(self._place, self._look()[1])
+        self._renewed_at = self._clock()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._is_released.set()
+        if self._thread is not None:
+            self._thread.join()
+        if not self._is_lost.is_set():
+            self.token = ""
+            self._put(self._tag)
+
+    def check(self) -> None:
+        if self._is_lost.is_set() or self._clock() - self._renewed_at > self._stale / 2:
+            raise StoreBusyError(
+                f"the lease of {self._url} could not be renewed, another process may have taken "
+                "over; run the same command again to continue"
+            )
+        super().check()
+
+    def _look(self) -> tuple[str | None, dict[str, Any]]:
+        import obstore
+
+        try:
+            result = obstore.get(self._objects, DRIVER_KEY)
+        except FileNotFoundError:
+            return None, {}
+        return result.meta["e_tag"], _parse(bytes(result.bytes()))
+
+    def _put(self, tag: str | None) -> bool:
+        """Write the lease if it is as it was seen; return whether it was."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        # The number makes every renewal another object, with another tag.
+        data = self._entry(renewal=uuid.uuid4().hex) if self.token else b'{"token": null}'
+        try:
+            mode: Any = "create" if tag is None else {"e_tag": tag}
+            self._tag = obstore.put(self._objects, DRIVER_KEY, data, mode=mode)["e_tag"]
+        except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+            return False
+        return True
+
+    def _wait_until_stale(self, tag: str, entry: dict[str, Any]) -> str | None:
+        """Return the tag with which the lease may be taken."""
+        log.info(
+            "%s has a driver (process %s on %s); looking for %g s whether it still lives",
+            *(self._url, entry.get("pid"), entry.get("host"), self._stale),
+        )
+        began = self._clock()
+        while self._clock() - began < self._stale:
+            time.sleep(min(1.0, self._stale / 10))
+            now, entry = self._look()
+            if now != tag:
+                if entry.get("token") is None:
+                    return now
+                raise _busy(self._place, entry)
+        return tag
+
+    def _keep(self) -> None:
+        while not self._is_released.wait(self._beat):
+            try:
+                if not self._put(self._tag):
+                    self._is_lost.set()
+                    return
+                self._renewed_at = self._clock()
+            except Exception as error:  # the network may be back at the next beat
+                log.warning("the lease of %s could not be renewed: %s", self._url, error)
+
+
+def take_lease(place: Place) -> Lease:
+    """Return the lease of a place, not yet taken."""
+    if isinstance(place, LocalPlace):
+        return FileLease(place)
+    if isinstance(place, ObjectPlace):
+        return ObjectLease(place)
+    raise TypeError(f"no lease for {type(place).__name__}")
+
+
+def check_token(place: Place, token: str) -> None:
+    """Make sure that the driver of ``token`` still has the store.
+
+    Raises:
+        StoreBusyError: If another driver has taken over.
+    """
+    if _driver(place).get("token") != token:
+        raise StoreBusyError(f"another process has taken over {place.url}")
+
+
+def _driver(place: Place) -> dict[str, Any]:
+    try:
+        return _parse(place.read(DRIVER_KEY))
+    except FileNotFoundError:
+        return {}
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(data)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _busy(place: Place, entry: dict[str, Any]) -> TargetStoreError:
+    who = f"process {entry.get('pid')} on {entry.get('host')}" if entry else "another process"
+    return StoreBusyError(f"{place.url} is being written by {who}; wait for it or stop it")
