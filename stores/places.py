@@ -12,6 +12,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 URL_SCHEMES: Final = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
+RETRIES: Final[Any] = {"max_retries": 8, "retry_timeout": timedelta(seconds=60)}
+"""How long a network or a server may be away."""
 PARTIAL: Final = ".partial"
 """End of the names of files that are being written; zarr uses the same."""
 
@@ -205,7 +208,7 @@ class ObjectPlace(Place):
         self._obstore = obstore
         self._process = os.getpid()
         with _reading(url):
-            self._store: Any = from_url(url)
+            self._store: Any = from_url(url, retry_config=RETRIES)
 
     @property
     def objects(self) -> Any:  # noqa: ANN401 - one of obstore's stores

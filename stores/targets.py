@@ -30,7 +30,7 @@ from stores.errors import (
     VideoNotFoundError,
 )
 from stores.lease import Lease, take_lease
-from stores.places import LocalPlace, Place, open_place, writing
+from stores.places import Place, open_place, writing
 from stores.shards import FrameSet, LabelSet, VideoRow, array_in, group_in
 from stores.videos import VideoRecord
 
@@ -88,11 +88,19 @@ class TargetStore:
         """
         silence_codec_remark()
         place = open_place(where)
-        if isinstance(place, LocalPlace) and not place.path.exists():
+        try:
+            place.read("zarr.json")
+        except FileNotFoundError as error:
+            if place.is_there():
+                raise NotATargetStoreError(f"{where} is not a target store") from error
             raise NotATargetStoreError(
                 f"{where} does not exist; make it with: tinyhd distill VIDEOS --teacher pqft "
                 f"--store {where}"
-            )
+            ) from error
+        except NotADirectoryError as error:
+            raise NotATargetStoreError(f"{where} is a file, not a target store") from error
+        except OSError as error:
+            raise TargetStoreError(f"cannot open {where}: {error}") from error
         try:
             store = place.zarr_store(read_only=mode == "r")
             group = zarr.open_group(store, mode=mode, zarr_format=3)
