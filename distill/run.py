@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from distill.executors import Executor, InlineExecutor, RayExecutor
 from distill.label import ShardDone
@@ -18,16 +18,13 @@ from stores.codec import GRID_STEP
 from stores.errors import VideoChangedError, VideoError
 from stores.progress import Progress
 from stores.schema import FRAME_ALIGNMENT, FrameRequest, LabelRequest, environment
-from stores.shards import FrameSet, LabelSet, Receipt, VideoRow
+from stores.shards import Committer, FrameSet, LabelSet, VideoRow
 from stores.targets import TargetStore
 from stores.videos import Reader, VideoRecord, decoder_version, find_videos
 from teachers.base import Teacher
 from teachers.registry import build
 
 log = logging.getLogger(__name__)
-
-COMMIT_SECONDS: Final = 2.0
-COMMIT_SHARDS: Final = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +41,8 @@ class DistillSettings:
     """Windows labelled together; the teacher's own number if not given."""
     shard_frames: int = FRAME_ALIGNMENT
     grid_step: float = GRID_STEP
+    replace_changed: bool = False
+    """Whether a video whose content has changed is labelled anew; else it is an error."""
     executor: Literal["ray", "inline"] = "ray"
     actors: int | None = None
     cpus_per_actor: int = 1
@@ -202,32 +201,6 @@ def _run_tasks(
         finally:  # also when the run is interrupted: what lies on the disk is kept
             for committer in committers.values():
                 committer.commit()
-
-
-class Committer:
-    """Commit receipts in batches, so that many small shards cost few writes."""
-
-    def __init__(self, shard_set: LabelSet | FrameSet) -> None:
-        self._set = shard_set
-        self._pending: list[Receipt] = []
-        self._committed_at = time.monotonic()
-
-    def add(self, receipt: Receipt) -> None:
-        """Remember a receipt for the next commit."""
-        self._pending.append(receipt)
-
-    def commit_if_due(self) -> None:
-        """Commit when enough receipts or enough seconds have come together."""
-        is_late = time.monotonic() - self._committed_at >= COMMIT_SECONDS
-        if is_late or len(self._pending) >= COMMIT_SHARDS:
-            self.commit()
-
-    def commit(self) -> None:
-        """Commit all receipts that are remembered."""
-        if self._pending:
-            self._set.commit(self._pending)
-            self._pending.clear()
-        self._committed_at = time.monotonic()
 
 
 def _executor(worker: WorkerSettings, settings: DistillSettings) -> Executor:

@@ -173,8 +173,9 @@ class LocalPlace(Place):
     def delete(self, key: str) -> None:
         path = self.path / key
         path.unlink(missing_ok=True)
-        with suppress(OSError):  # other files may lie there
-            path.parent.rmdir()
+        with suppress(OSError):  # until a folder is not empty
+            for folder in path.relative_to(self.path).parents[:-1]:
+                (self.path / folder).rmdir()
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         for where, _, names in os.walk(self.path / prefix):

@@ -43,7 +43,8 @@ VIDEO_COLUMNS: Final[Mapping[str, tuple[str, Any]]] = {  # name -> Zarr type, fi
 }
 """Columns of ``videos/`` in the order they are written: a row with a ``first`` is complete."""
 LIVE: Final = -1
-"""``superseded_by`` of a row that counts; -2 marks a dropped one, others name their successor."""
+"""``superseded_by`` of a row that counts; other numbers but -2 are those of its successor."""
+DROPPED: Final = -2
 
 Variant = Literal["identity", "hflip"]
 
@@ -69,6 +70,10 @@ class LabelRequest:
     """What a teacher's soft targets are asked to be; equal requests find the same label set."""
 
     folder: ClassVar[str] = "labels"
+    identity_names: ClassVar[tuple[str, ...]] = (
+        *("teacher", "provenance", "maps", "variant", "grid_step", "shard_frames", "packing"),
+    )
+    """Attributes that the fingerprint covers."""
 
     teacher: str
     provenance: Mapping[str, Any]
@@ -135,6 +140,10 @@ class FrameRequest:
     """Decoded frames at a student's size, kept so that training decodes no video."""
 
     folder: ClassVar[str] = "frames"
+    identity_names: ClassVar[tuple[str, ...]] = (
+        *("height", "width", "decoder", "resize_version", "shard_frames", "packing"),
+    )
+    """Attributes that the fingerprint covers."""
 
     height: int
     width: int

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +26,18 @@ if TYPE_CHECKING:
     from stores.targets import TargetStore
 
 
+COMMIT_SECONDS: Final = 2.0
+COMMIT_SHARDS: Final = 256
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoRow(VideoRecord):
     """A video of a store: its record and its place on the frame axis."""
 
     first: int
     """Offset of the video's frame 0 on the frame axis of every label set."""
+    superseded_by: int = schema.LIVE
+    """-1: the row counts; -2: it was dropped; else the number of the row that replaces it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,33 @@ class Receipt:
     digests: tuple[bytes, ...]
 
 
-class ShardSet:
+class Committer:
+    """Commit receipts in batches, so that many small shards cost few writes."""
+
+    def __init__(self, shard_set: ShardSet) -> None:
+        self._set = shard_set
+        self._pending: list[Receipt] = []
+        self._committed_at = time.monotonic()
+
+    def add(self, receipt: Receipt) -> None:
+        """Remember a receipt for the next commit."""
+        self._pending.append(receipt)
+
+    def commit_if_due(self) -> None:
+        """Commit when enough receipts or enough seconds have come together."""
+        is_late = time.monotonic() - self._committed_at >= COMMIT_SECONDS
+        if is_late or len(self._pending) >= COMMIT_SHARDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Commit all receipts that are remembered."""
+        if self._pending:
+            self._set.commit(self._pending)
+            self._pending.clear()
+        self._committed_at = time.monotonic()
+
+
+class ShardSet(ABC):
     """Arrays of one group, all along the frame axis, and their receipts."""
 
     packing_name: ClassVar[str]
@@ -68,7 +102,7 @@ class ShardSet:
             }
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(store, group, error) from error
-        self._group = group
+        self.group = group
         self._token: str | None = None
         self._indices: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
         self.refresh()
@@ -81,7 +115,7 @@ class ShardSet:
         """
         try:
             # Opened again: it may have grown.
-            self._receipts = array_in(self._group, "receipts")
+            self._receipts = array_in(self.group, "receipts")
             self._committed = np.asarray(self._receipts[:])
         except TargetStoreError:
             raise
@@ -107,9 +141,42 @@ class ShardSet:
         """Return the shards of a video that are not committed."""
         return [shard for shard in self.shards(video) if not self.is_committed(shard)]
 
+    def sample(self, video: VideoRow, *, blocks: int, seed: int) -> list[int]:
+        """Return some of a video's shards, for a collection that is too large to label whole.
+
+        The first blocks of a larger number are those of a smaller one, whatever else is in the
+        store: each block's place in the order comes from seed, content and block alone. Blocks
+        that are not full, or whose windows begin before the video, come last.
+        """
+        full_from = self.head_frames
+
+        def order(shard: int) -> tuple[bool, bytes]:
+            span = self.frames_of(shard, video)
+            is_poor = span.start < full_from or len(span) < self.shard_frames
+            block = shard - self.shards(video).start
+            key = video.content_hash + seed.to_bytes(8, "little") + block.to_bytes(8, "little")
+            return is_poor, hashlib.sha256(key).digest()
+
+        return sorted(sorted(self.shards(video), key=order)[:blocks])
+
+    @property
+    def head_frames(self) -> int:
+        """Frames at a video's beginning that are made from less than a full window."""
+        return 0
+
     def is_committed(self, shard: int) -> bool:
         """Return whether a shard has a receipt."""
         return shard < len(self._has_receipt) and bool(self._has_receipt[shard])
+
+    @property
+    def committed_shards(self) -> list[int]:
+        """Shards that have a receipt."""
+        return [int(shard) for shard in np.flatnonzero(self._has_receipt)]
+
+    @property
+    @abstractmethod
+    def request(self) -> schema.LabelRequest | schema.FrameRequest:
+        """What the set was asked to be."""
 
     @property
     def num_committed(self) -> int:
@@ -262,12 +329,13 @@ class ShardSet:
             f"{self.store.url} --repair, and label it again"
         )
 
+    @abstractmethod
     def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
         """Refuse values that the arrays cannot hold."""
 
+    @abstractmethod
     def _packing(self, shape: tuple[int, ...]) -> Packing:
         """Return how an array's frames of a shape are packed."""
-        raise NotImplementedError
 
 
 class LabelSet(ShardSet):
@@ -302,6 +370,23 @@ class LabelSet(ShardSet):
         """
         return self.read_arrays(self.store.video(video), start, stop)
 
+    @property
+    def head_frames(self) -> int:
+        return self.window - 1
+
+    @property
+    def request(self) -> schema.LabelRequest:
+        values = self.attributes
+        return schema.LabelRequest(
+            teacher=self.teacher,
+            provenance=values["provenance"],
+            layout=self.layout,
+            description=values.get("description", {}),
+            variant=values["variant"],
+            grid_step=values["grid_step"],
+            shard_frames=self.shard_frames,
+        )
+
     def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
         check_planes(values, video=video.id, first_frame=span.start)
 
@@ -332,8 +417,20 @@ class FrameSet(ShardSet):
         """
         return self.read_arrays(self.store.video(video), start, stop)[self.array_names[0]]
 
+    def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
+        """Any byte can be held."""
+
     def _packing(self, shape: tuple[int, ...]) -> Packing:
         return ZstdPacking(shape, "uint8")
+
+    @property
+    def request(self) -> schema.FrameRequest:
+        return schema.FrameRequest(
+            height=self.height,
+            width=self.width,
+            decoder=self.attributes["decoder"],
+            shard_frames=self.shard_frames,
+        )
 
 
 def array_in(group: zarr.Group, name: str) -> zarr.Array[Any]:

@@ -31,7 +31,7 @@ from stores.errors import (
 )
 from stores.lease import Lease, take_lease
 from stores.places import Place, open_place, writing
-from stores.shards import FrameSet, LabelSet, VideoRow, array_in, group_in
+from stores.shards import FrameSet, LabelSet, ShardSet, VideoRow, array_in, group_in
 from stores.videos import VideoRecord
 
 Mode = Literal["r", "r+"]
@@ -55,7 +55,9 @@ class TargetStore:
             f"{LOG_FOLDER}/{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}.jsonl"
         )
         self.videos: list[VideoRow] = []
-        """Rows of videos that are not superseded, in the order of the store."""
+        """Rows of videos that count, in the order of the store."""
+        self.rows: list[VideoRow] = []
+        """All rows, also of videos that were dropped or replaced."""
         self.refresh()
 
     @classmethod
@@ -71,7 +73,7 @@ class TargetStore:
         """
         silence_codec_remark()
         place = open_place(where)
-        place.create(_empty_store())
+        place.create(empty_store())
         return cls.open(where, mode="r+")
 
     @classmethod
@@ -88,31 +90,12 @@ class TargetStore:
         """
         silence_codec_remark()
         place = open_place(where)
-        try:
-            place.read("zarr.json")
-        except FileNotFoundError as error:
-            if place.is_there():
-                raise NotATargetStoreError(f"{where} is not a target store") from error
-            raise NotATargetStoreError(
-                f"{where} does not exist; make it with: tinyhd distill VIDEOS --teacher pqft "
-                f"--store {where}"
-            ) from error
-        except NotADirectoryError as error:
-            raise NotATargetStoreError(f"{where} is a file, not a target store") from error
-        except OSError as error:
-            raise TargetStoreError(f"cannot open {where}: {error}") from error
+        check_root(place)
         try:
             store = place.zarr_store(read_only=mode == "r")
             group = zarr.open_group(store, mode=mode, zarr_format=3)
         except Exception as error:  # zarr fails in any way on metadata that is not its own
             raise NotATargetStoreError(f"{where} is not a target store") from error
-        if group.attrs.get("format") != schema.FORMAT:
-            raise NotATargetStoreError(f"{where} is a Zarr group, but not a target store")
-        if (version := group.attrs.get("version")) != schema.VERSION:
-            raise FormatVersionError(
-                f"{where} has format version {version}, this program reads version "
-                f"{schema.VERSION}; use the tinyhd release that wrote it, or a newer one"
-            )
         try:
             return cls(place, group)
         except TargetStoreError:
@@ -131,7 +114,12 @@ class TargetStore:
     @classmethod
     def open_or_create(cls, where: str | Path) -> TargetStore:
         """Open a store for writing; make it if there is none."""
-        return cls.open_if_there(where, mode="r+") or cls.create(where)
+        if (store := cls.open_if_there(where, mode="r+")) is not None:
+            return store
+        try:
+            return cls.create(where)
+        except NotATargetStoreError:  # another process may have been faster
+            return cls.open(where, mode="r+")
 
     @contextmanager
     def writer(self) -> Iterator[str]:
@@ -171,17 +159,18 @@ class TargetStore:
         columns = {name: np.asarray(table[name][:rows]) for name in schema.VIDEO_COLUMNS}
         self._num_rows = rows
         self._num_frames = 0
-        self.videos = []
+        self.rows = []
         for row in range(rows):
             values = {name: column[row] for name, column in columns.items()}
             values["content_hash"] = values["content_hash"].tobytes()
             plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
-            superseded_by = plain.pop("superseded_by")
             video = VideoRow(**plain)
             self._num_frames = max(self._num_frames, video.first + _aligned(video.frames))
-            if superseded_by == schema.LIVE:
-                self.videos.append(video)
-        self._by_id = {video.id: video for video in self.videos}
+            self.rows.append(video)
+        # Of several rows with one id the last counts: a process may have died before it could mark
+        # the one that it replaced.
+        self._by_id = {row.id: row for row in self.rows if row.superseded_by == schema.LIVE}
+        self.videos = list(self._by_id.values())
         self._by_content = {video.content_hash: video for video in self.videos}
 
     def video(self, video_id: str) -> VideoRow:
@@ -202,26 +191,34 @@ class TargetStore:
         """Return a row with the given content, under whatever id."""
         return self._by_content.get(content_hash)
 
-    def add_videos(self, records: Sequence[VideoRecord]) -> None:
+    def add_videos(self, records: Sequence[VideoRecord], *, replace_changed: bool = False) -> None:
         """Append rows for videos that the store does not know; known ones are passed over.
 
         Videos with equal content share a range of the frame axis.
 
+        Args:
+            records: The videos.
+            replace_changed: Give a video whose content has changed a new row, without targets, that
+                replaces its old one.
+
         Raises:
-            VideoChangedError: If the store knows an id with other content.
+            VideoChangedError: If the store knows an id with other content, and it is not replaced.
         """
         new: list[VideoRow] = []
+        replaced: dict[str, int] = {}  # id -> number of the row
         end = self._num_frames
         first_of = {row.content_hash: row.first for row in self.videos}
         for record in records:
             known = self._by_id.get(record.id)
+            if known is not None and known.content_hash == record.content_hash:
+                continue
             if known is not None:
-                if known.content_hash != record.content_hash:
+                if not replace_changed:
                     raise VideoChangedError(
                         f"{record.absolute} is not the video {record.id!r} that {self.url} was "
                         "labelled from: its content has changed; give it another name"
                     )
-                continue
+                replaced[record.id] = self.rows.index(known)
             first = first_of.setdefault(record.content_hash, end)
             if first == end:
                 end += _aligned(record.frames)
@@ -230,8 +227,87 @@ class TargetStore:
         if new:
             self.check_driver()
             with writing(self.url):
+                old = len(self.rows)
                 self._append_rows(new)
+                for number, row in enumerate(new, start=old):
+                    if row.id in replaced:
+                        self._video_table["superseded_by"][replaced[row.id]] = number
             self.refresh()
+
+    def drop_videos(self, video_ids: Sequence[str]) -> None:
+        """Take videos out of the store; what was stored of them is deleted by :func:`sweep`.
+
+        Raises:
+            VideoNotFoundError: If the store has no such video.
+        """
+        numbers = [self.rows.index(self.video(video_id)) for video_id in video_ids]
+        self.drop_rows(numbers)
+
+    def drop_rows(self, numbers: Sequence[int]) -> None:
+        """Take rows out of the store, whether they count or were replaced."""
+        self.check_driver()
+        with writing(self.url):
+            for number in numbers:
+                self._video_table["superseded_by"][number] = schema.DROPPED
+        self.refresh()
+
+    def drop_set(self, shard_set: ShardSet) -> None:
+        """Take a label set or frame set out of the store; :func:`sweep` deletes it."""
+        self.check_driver()
+        with writing(self.url):
+            shard_set.group.attrs["dropped"] = True
+
+    def adopt_set(self, other: ShardSet) -> LabelSet | FrameSet:
+        """Return this store's set of the same fingerprint; made, without shards, if need be.
+
+        Args:
+            other: A set of another store.
+
+        Raises:
+            TargetStoreError: If there is another set of the same name.
+        """
+        self.check_driver()
+        names = [*other.array_names, "receipts"]
+        with writing(self.url):
+            if f"{other.key}/zarr.json" not in dict(self.place.list(other.key)):
+                for name in (*names, None):  # the group last: a set without it is not one yet
+                    key = "/".join(filter(None, (other.key, name, "zarr.json")))
+                    metadata = json.loads(other.store.place.read(key))
+                    if name is not None:
+                        metadata["shape"][0] = 0
+                    self.place.write(key, json.dumps(metadata, indent=2).encode())
+            group = group_in(self._group, other.key)
+            if group.attrs.get("fingerprint") != other.fingerprint:
+                raise TargetStoreError(f"{other.key} in {self.url} was made for another request")
+            for name in other.array_names:
+                _lengthen(array_in(group, name), self._num_frames)
+            _lengthen(array_in(group, "receipts"), self._num_frames // other.shard_frames)
+        return self.open_set(other.key)
+
+    def open_set(self, key: str) -> LabelSet | FrameSet:
+        """Open the set whose group has a key."""
+        group = group_in(self._group, key)
+        return LabelSet(self, group) if key.startswith("labels/") else FrameSet(self, group)
+
+    @property
+    def label_sets(self) -> list[LabelSet]:
+        """All label sets, ordered by name."""
+        return [LabelSet(self, group) for _, group in self._groups("labels")]
+
+    @property
+    def frame_sets(self) -> list[FrameSet]:
+        """All frame sets, ordered by name."""
+        return [FrameSet(self, group) for _, group in self._groups("frames")]
+
+    @property
+    def dropped_sets(self) -> list[str]:
+        """Keys of sets that were dropped and are not yet deleted."""
+        return [
+            group.path
+            for folder in ("labels", "frames")
+            for _, group in group_in(self._group, folder).groups()
+            if group.attrs.get("dropped")
+        ]
 
     def ensure_label_set(
         self, request: schema.LabelRequest, environment: Mapping[str, str | int]
@@ -265,8 +341,9 @@ class TargetStore:
 
     def find_frame_set(self, *, height: int, width: int) -> FrameSet | None:
         """Return the fullest frame set of a size, or nothing if there is none."""
-        sets = [FrameSet(self, group) for _, group in self._groups("frames")]
-        fitting = [frames for frames in sets if (frames.height, frames.width) == (height, width)]
+        fitting = [
+            frames for frames in self.frame_sets if (frames.height, frames.width) == (height, width)
+        ]
         return max(fitting, key=lambda frames: frames.num_committed, default=None)
 
     def log_run(self, **entry: Any) -> None:  # noqa: ANN401 - any JSON value
@@ -300,40 +377,15 @@ class TargetStore:
         environment: Mapping[str, str | int],
     ) -> zarr.Group:
         folder = group_in(self._group, request.folder)
-        length, shards = self._num_frames, self._num_frames // request.shard_frames
         if request.name not in folder:
             folder.create_group(request.name)
         group = group_in(folder, request.name)
-        for array in request.arrays:
-            if array.name not in group:
-                group.create_array(
-                    array.name,
-                    shape=(length, *array.shape),
-                    shards=(request.shard_frames, *array.shape),
-                    chunks=(array.format.chunk_frames, *array.shape),
-                    dtype=array.dtype,
-                    fill_value=array.fill_value,
-                    dimension_names=("frame", *array.axes),
-                    chunk_key_encoding={"name": "default", "separator": "."},
-                    **array.format.packing.codecs,
-                )
-            else:
-                _lengthen(array_in(group, array.name), length)
-        if "receipts" not in group:
-            num_arrays = len(request.arrays)
-            group.create_array(
-                "receipts",
-                shape=(shards, num_arrays, schema.DIGEST_BYTES),
-                chunks=(schema.RECEIPT_CHUNK, num_arrays, schema.DIGEST_BYTES),
-                dtype="uint8",
-                fill_value=0,
-                dimension_names=("shard", "array", "byte"),
-                compressors=Crc32cCodec(),
-            )
-        else:
-            _lengthen(array_in(group, "receipts"), shards)
+        _ensure_arrays(group, request, self._num_frames)
         if group.attrs.get("dropped"):
-            raise TargetStoreError(f"{request.name} is being dropped from {self.url}")
+            raise TargetStoreError(
+                f"{request.name} is being dropped from {self.url}; finish that with: tinyhd store "
+                f"drop {self.url}"
+            )
         found = group.attrs.get("fingerprint", request.attributes["fingerprint"])
         if found != request.attributes["fingerprint"]:
             raise TargetStoreError(f"{group.path} in {self.url} was made for another request")
@@ -364,7 +416,57 @@ class TargetStore:
         raise LabelSetNotFoundError(f"{self.url} holds these {folder}: {there}; {wanted}")
 
 
-def _empty_store() -> dict[str, bytes]:
+def check_root(place: Place) -> None:
+    """Make sure that a place holds a target store that this program reads.
+
+    Raises:
+        NotATargetStoreError: If there is no store.
+        FormatVersionError: If it is of another version of the format.
+        TargetStoreError: If the place cannot be read.
+    """
+    where = place.url
+    try:
+        metadata = json.loads(place.read("zarr.json"))
+    except FileNotFoundError as error:
+        if place.is_there():
+            raise NotATargetStoreError(f"{where} is not a target store") from error
+        raise NotATargetStoreError(
+            f"{where} does not exist; make it with: tinyhd distill VIDEOS --teacher pqft "
+            f"--store {where}"
+        ) from error
+    except NotADirectoryError as error:
+        raise NotATargetStoreError(f"{where} is a file, not a target store") from error
+    except OSError as error:
+        raise TargetStoreError(f"cannot open {where}: {error}") from error
+    except ValueError as error:
+        raise NotATargetStoreError(
+            f"{where} is not a target store, or its zarr.json is damaged"
+        ) from error
+    attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
+    if not isinstance(attributes, dict):
+        raise NotATargetStoreError(f"{where} is not a target store, or its zarr.json is damaged")
+    if attributes.get("format") != schema.FORMAT:
+        raise NotATargetStoreError(f"{where} is a Zarr group, but not a target store")
+    if (version := attributes.get("version")) != schema.VERSION:
+        raise FormatVersionError(
+            f"{where} has format version {version}, this program reads version "
+            f"{schema.VERSION}; use the tinyhd release that wrote it, or a newer one"
+        )
+
+
+def empty_set(request: schema.LabelRequest | schema.FrameRequest) -> dict[str, dict[str, Any]]:
+    """Return the metadata of the arrays of a set without shards, by their keys in a store."""
+    objects: dict[str, Buffer] = {}
+    path = f"{request.folder}/{request.name}"
+    _ensure_arrays(zarr.create_group(MemoryStore(objects), path=path), request, 0)
+    return {
+        key: json.loads(data.to_bytes())
+        for key, data in objects.items()
+        if key.startswith(f"{path}/") and key != f"{path}/zarr.json"
+    }
+
+
+def empty_store() -> dict[str, bytes]:
     """Return the objects of a store without videos, its root last."""
     objects: dict[str, Buffer] = {}
     group = zarr.create_group(
@@ -386,6 +488,41 @@ def _empty_store() -> dict[str, bytes]:
         group.create_group(folder)
     keys = sorted(objects, key=lambda key: (key == "zarr.json", key))
     return {key: objects[key].to_bytes() for key in keys}
+
+
+def _ensure_arrays(
+    group: zarr.Group, request: schema.LabelRequest | schema.FrameRequest, length: int
+) -> None:
+    """Make a set's arrays, or make them as long as the frame axis."""
+    shards = length // request.shard_frames
+    for array in request.arrays:
+        if array.name not in group:
+            group.create_array(
+                array.name,
+                shape=(length, *array.shape),
+                shards=(request.shard_frames, *array.shape),
+                chunks=(array.format.chunk_frames, *array.shape),
+                dtype=array.dtype,
+                fill_value=array.fill_value,
+                dimension_names=("frame", *array.axes),
+                chunk_key_encoding={"name": "default", "separator": "."},
+                **array.format.packing.codecs,
+            )
+        else:
+            _lengthen(array_in(group, array.name), length)
+    if "receipts" not in group:
+        num_arrays = len(request.arrays)
+        group.create_array(
+            "receipts",
+            shape=(shards, num_arrays, schema.DIGEST_BYTES),
+            chunks=(schema.RECEIPT_CHUNK, num_arrays, schema.DIGEST_BYTES),
+            dtype="uint8",
+            fill_value=0,
+            dimension_names=("shard", "array", "byte"),
+            compressors=Crc32cCodec(),
+        )
+    else:
+        _lengthen(array_in(group, "receipts"), shards)
 
 
 def _aligned(frames: int) -> int:

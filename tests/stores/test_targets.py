@@ -261,7 +261,7 @@ def test_unknown_video_is_named(labels: LabelSet) -> None:
 
 def test_dropped_rows_and_label_sets_do_not_count(store: TargetStore, labels: LabelSet) -> None:
     store._video_table["superseded_by"][1] = -2
-    labels._group.attrs["dropped"] = True
+    labels.group.attrs["dropped"] = True
     reopened = TargetStore.open(store.url, mode="r+")
     assert [video.id for video in reopened.videos] == ["a", "c"]
     with pytest.raises(LabelSetNotFoundError, match="none at all"):

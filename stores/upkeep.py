@@ -1,0 +1,160 @@
+"""Deleting what was dropped, and joining stores. Every step can be repeated."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields
+from typing import Final
+
+from stores.errors import TargetStoreError, VideoChangedError
+from stores.progress import Progress
+from stores.schema import DROPPED
+from stores.shards import Committer, FrameSet, LabelSet, Receipt, ShardSet
+from stores.targets import TargetStore
+from stores.videos import VideoRecord
+
+RECORD_FIELDS: Final = [field.name for field in fields(VideoRecord)]
+
+
+@dataclass
+class MergeReport:
+    """What was copied."""
+
+    videos: int = 0
+    """Videos that were new."""
+    shards: int = 0
+    """Shards copied."""
+    bytes: int = 0
+    known: int = 0
+    """Shards that were there already."""
+    damaged: list[str] = field(default_factory=list)
+    """Keys of shards that are not what their receipt says, and were not copied."""
+
+
+def sweep(store: TargetStore) -> int:
+    """Delete what belongs to dropped sets and videos; return the number of objects.
+
+    Receipts go before shards: what is half deleted is not there. Use inside
+    :meth:`TargetStore.writer`.
+    """
+    deleted = 0
+    for key in store.dropped_sets:
+        objects = [name for name, _ in store.place.list(key)]
+        root = f"{key}/zarr.json"
+        for name in sorted(objects, key=lambda name: (name == root, name)):
+            store.check_driver()
+            store.place.delete(name)
+            deleted += 1
+    for shard_set in (*store.label_sets, *store.frame_sets):
+        dead = _dead_shards(store, shard_set)
+        if not dead:
+            continue
+        shard_set.clear(dead)
+        for array in shard_set.array_names:
+            for name, _ in list(store.place.list(f"{shard_set.key}/{array}")):
+                if shard_of(name) in dead:
+                    store.place.delete(name)
+                    deleted += 1
+    return deleted
+
+
+def merge(target: TargetStore, source: TargetStore) -> MergeReport:
+    """Copy videos, targets and frames that another store has and this one has not.
+
+    Shards are copied byte for byte, after they were compared with their receipts. Where both have a
+    shard, the target keeps its own.
+
+    Raises:
+        VideoChangedError: If an id has other content in the other store; nothing is copied then.
+        TargetStoreError: If stores cannot be read or written.
+    """
+    report = MergeReport()
+    with target.writer():
+        _check_videos(target, source)
+        sweep(target)
+        new = [video for video in source.videos if target.find_video(video.id) is None]
+        target.add_videos(
+            [VideoRecord(*(getattr(video, name) for name in RECORD_FIELDS)) for video in new]
+        )
+        report.videos = len(new)
+        for other in (*source.label_sets, *source.frame_sets):
+            _copy_shards(target.adopt_set(other), other, report)
+    return report
+
+
+def shard_of(key: str) -> int | None:
+    """Return the number of the shard whose object has a key, or nothing if it is another's."""
+    name = key.rpartition("/")[2]
+    kind, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    return int(number) if kind == "c" and number.isdecimal() else None
+
+
+def _dead_shards(store: TargetStore, shard_set: ShardSet) -> set[int]:
+    """Return the shards of videos that were dropped and whose content no other video has."""
+    used = {row.first for row in store.rows if row.superseded_by != DROPPED}
+    return {
+        shard
+        for row in store.rows
+        if row.superseded_by == DROPPED and row.first not in used
+        for shard in shard_set.shards(row)
+    }
+
+
+def _check_videos(target: TargetStore, source: TargetStore) -> None:
+    changed = []
+    for video in source.videos:
+        known = target.find_video(video.id)
+        if known is not None and known.content_hash != video.content_hash:
+            changed.append(video.id)
+        same = target.find_content(video.content_hash)
+        if same is not None and same.frames != video.frames:
+            raise TargetStoreError(
+                f"{video.id!r} has {video.frames} frames in {source.url} and {same.frames} in "
+                f"{target.url}: different decoders; drop it from one of them"
+            )
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise VideoChangedError(
+            f"{changed[0]!r}{more} has other content in {source.url} than in {target.url}; drop it "
+            f"from one of them with: tinyhd store drop STORE --video {changed[0]}"
+        )
+
+
+def _copy_shards(own: LabelSet | FrameSet, other: ShardSet, report: MergeReport) -> None:
+    pairs: dict[int, int] = {}  # shard of the other -> of ours
+    for video in other.store.videos:
+        here = own.shards(own.store.video(video.id))
+        pairs.update(zip(other.shards(video), here, strict=True))
+    wanted = []
+    for theirs, ours in pairs.items():
+        receipt = other.receipt(theirs)
+        if own.is_committed(ours):
+            report.known += receipt is not None
+        elif receipt is not None:
+            wanted.append((receipt, ours))
+    committer = Committer(own)
+    with Progress(len(wanted), unit="shards", label=f"copying {own.name}") as progress:
+        try:
+            for receipt, shard in wanted:
+                objects = {}
+                for name, expected in zip(other.array_names, receipt.digests, strict=True):
+                    key = other.shard_key(name, receipt.shard)
+                    try:
+                        objects[name] = other.store.place.read(key)
+                    except OSError:
+                        report.damaged.append(key)
+                        continue
+                    if hashlib.sha256(objects[name]).digest() != expected:
+                        report.damaged.append(key)
+                        del objects[name]
+                if len(objects) == len(own.array_names):
+                    for name, data in objects.items():
+                        own.store.place.write(own.shard_key(name, shard), data)
+                        report.bytes += len(data)
+                    committer.add(Receipt(shard, receipt.digests))
+                    report.shards += 1
+                committer.commit_if_due()
+                progress.advance()
+        finally:  # also when interrupted: what was copied is kept
+            committer.commit()
