@@ -109,6 +109,17 @@ def cli(*, verbose: bool) -> None:
     "--reader", type=click.Choice(["pyav", "skvideo"]), default="pyav", help="Who decodes."
 )
 @click.option(
+    "--variant",
+    type=click.Choice(["identity", "hflip"]),
+    default="identity",
+    help="hflip: the teacher sees mirrored frames; a label set of its own.",
+)
+@click.option(
+    "--replace-changed",
+    is_flag=True,
+    help="Label a video anew that has other content than the store knows under its name.",
+)
+@click.option(
     "--executor",
     type=click.Choice(["ray", "inline"]),
     default="ray",
@@ -355,6 +366,185 @@ def export_command(*, checkpoint: Path, format_: str, batch: int, out: Path) -> 
         f"{out}: {format_}, clip ({batch}, 3, 16, {height}, {width}) float32 to saliency; "
         f"its maps are within {difference:.0e} of the checkpoint's"
     )
+
+
+@cli.group("store")
+def store_group() -> None:
+    """Look at target stores, check, join and thin them."""
+
+
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@store_group.command("info")
+@click.argument("store", type=StorePlace())
+@JSON_OPTION
+def info_command(*, store: str, as_json: bool) -> None:
+    """Say what STORE holds: videos, label sets, sizes, bounds, who made it when.
+
+    \b
+    Example:
+        python cli.py store info targets.zarr
+    """
+    import json
+
+    from stores import TargetStore
+    from stores.summary import summarise
+
+    summary = summarise(TargetStore.open(store))
+    click.echo(json.dumps(summary.to_dict(), indent=2) if as_json else summary)
+
+
+@store_group.command("ls")
+@click.argument("store", type=StorePlace())
+@JSON_OPTION
+def ls_command(*, store: str, as_json: bool) -> None:
+    """List the videos of STORE and how much of each is labelled.
+
+    \b
+    Example:
+        python cli.py store ls targets.zarr
+    """
+    import json
+    from dataclasses import asdict
+
+    from stores import TargetStore
+    from stores.summary import summarise_videos, video_table
+
+    videos = summarise_videos(TargetStore.open(store))
+    if as_json:
+        click.echo(json.dumps([asdict(video) for video in videos], indent=2))
+    elif videos:
+        click.echo(video_table(videos))
+
+
+@store_group.command("verify")
+@click.argument("store", type=StorePlace())
+@click.option("--repair", is_flag=True, help="Take back the receipts of what is damaged.")
+@click.option(
+    "--relabel", type=click.IntRange(min=1), help="Label N random shards anew and compare."
+)
+@click.option("--labels", help="Label set for --relabel.  [default: the only one]")
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Weights of the teacher for --relabel, if it has any.",
+)
+@click.option(
+    "--videos-root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where the videos lie now, for --relabel.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Which shards --relabel takes.")
+def verify_command(
+    *,
+    store: str,
+    repair: bool,
+    relabel: int | None,
+    labels: str | None,
+    weights: Path | None,
+    videos_root: Path | None,
+    seed: int,
+) -> None:
+    """Check STORE: structure, tables, receipts, and the hash and values of every shard.
+
+    Exits with 1 if something is wrong. What --repair takes back is made again by distill.
+
+    \b
+    Example:
+        python cli.py store verify targets.zarr
+    """
+    from stores.verify import verify_store
+
+    report = verify_store(store, repair=repair)
+    for problem in report.problems:
+        click.echo(problem)
+    click.echo(f"{store}: {report}")
+    if relabel is not None and report.is_clean:
+        from distill.relabel import relabel_shards
+
+        compared = relabel_shards(
+            store, relabel, labels=labels, weights=weights, videos_root=videos_root, seed=seed
+        )
+        click.echo(compared)
+        if not compared.is_within_bounds:
+            sys.exit(1)
+    if not report.is_clean:
+        sys.exit(1)
+
+
+@store_group.command("merge")
+@click.argument("store", type=StorePlace())
+@click.argument("others", type=StorePlace(), nargs=-1, required=True)
+def merge_command(*, store: str, others: tuple[str, ...]) -> None:
+    """Copy into STORE what OTHERS have and it has not.
+
+    A stopped run is continued by the same command.
+
+    \b
+    Example:
+        python cli.py store merge targets.zarr from-other-machine.zarr
+    """
+    from stores import TargetStore
+    from stores.upkeep import merge
+
+    sources = [TargetStore.open(other) for other in others]
+    target = TargetStore.open_or_create(store)
+    is_damaged = False
+    for source in sources:
+        report = merge(target, source)
+        click.echo(f"{source.url}: {report}")
+        for key in report.damaged:
+            click.echo(f"  damaged, not copied: {key}")
+            is_damaged = True
+    if is_damaged:
+        sys.exit(EXIT_SOME_FAILED)
+
+
+@store_group.command("drop")
+@click.argument("store", type=StorePlace())
+@click.option("--labels", multiple=True, help="Label set, or the beginning of its name.")
+@click.option("--frames", multiple=True, help="Frame set, or the beginning of its name.")
+@click.option("--video", multiple=True, help="Name of a video.")
+@click.option("--replaced", is_flag=True, help="What is left of videos that were replaced.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def drop_command(
+    *,
+    store: str,
+    labels: tuple[str, ...],
+    frames: tuple[str, ...],
+    video: tuple[str, ...],
+    replaced: bool,
+    yes: bool,
+) -> None:
+    """Delete label sets, frame sets or videos from STORE; without any, finish what was begun.
+
+    \b
+    Example:
+        python cli.py store drop targets.zarr --video holiday
+    """
+    from stores import TargetStore
+    from stores.upkeep import sweep
+
+    target = TargetStore.open(store, mode="r+")
+    sets = [target.label_set(name) for name in labels]
+    sets_of_frames = [target.frame_set(name) for name in frames]
+    for name in video:
+        target.video(name)
+    names = [*(item.name for item in (*sets, *sets_of_frames)), *video]
+    if replaced:
+        names.append("replaced videos")
+    if names and not yes:
+        click.confirm(f"delete {', '.join(names)} from {store}?", abort=True)
+    with target.writer():
+        for item in (*sets, *sets_of_frames):
+            target.drop_set(item)
+        target.drop_videos(video)
+        if replaced:
+            rows = [n for n, row in enumerate(target.rows) if row.superseded_by >= 0]
+            target.drop_rows(rows)
+        deleted = sweep(target)
+    click.echo(f"{store}: {deleted} objects deleted")
 
 
 @cli.group("weights")

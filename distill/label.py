@@ -92,6 +92,7 @@ class LabelFiller(ShardFiller):
         batch: int,
     ) -> None:
         self._teacher, self._batch = teacher, batch
+        self._is_mirrored = labels.request.variant == "hflip"
         self._frames: list[Frame] = []
         self._first = 0  # index of self._frames[0] in the video
         super().__init__(labels, video, shards)
@@ -106,7 +107,7 @@ class LabelFiller(ShardFiller):
             return
         if not self._frames:
             self._first = index
-        self._frames.append(self._teacher.resize(frame))
+        self._frames.append(self._teacher.resize(frame[:, ::-1] if self._is_mirrored else frame))
         batch = self._todo[: self._batch]
         if index + 1 < batch.stop:
             return

@@ -17,7 +17,7 @@ from distill.worker import WorkerSettings
 from stores.codec import GRID_STEP
 from stores.errors import VideoChangedError, VideoError
 from stores.progress import Progress
-from stores.schema import FRAME_ALIGNMENT, FrameRequest, LabelRequest, environment
+from stores.schema import FRAME_ALIGNMENT, FrameRequest, LabelRequest, Variant, environment
 from stores.shards import Committer, FrameSet, LabelSet, VideoRow
 from stores.targets import TargetStore
 from stores.videos import Reader, VideoRecord, decoder_version, find_videos
@@ -34,6 +34,8 @@ class DistillSettings:
     teacher: str
     size: tuple[int, int] | None = None
     """Height and width fed to the teacher; its published size if not given."""
+    variant: Variant = "identity"
+    """``hflip``: the teacher sees mirrored frames."""
     with_frames: tuple[int, int] | None = None
     """Height and width at which the frames are kept too."""
     reader: Reader = "pyav"
@@ -114,7 +116,7 @@ def _label_records(
     settings: DistillSettings,
 ) -> DistillReport:
     report = DistillReport(failures=list(failures))
-    videos = _add_records(store, records, report)
+    videos = _add_records(store, records, report, replace_changed=settings.replace_changed)
     batch = settings.batch or teacher.spec.batch
     surroundings = environment(
         device=str(teacher.device), threads=settings.cpus_per_actor, batch=batch
@@ -149,22 +151,27 @@ def _label_records(
 
 
 def _add_records(
-    store: TargetStore, records: Sequence[VideoRecord], report: DistillReport
+    store: TargetStore,
+    records: Sequence[VideoRecord],
+    report: DistillReport,
+    *,
+    replace_changed: bool,
 ) -> list[VideoRow]:
     """Add the videos to the store's table, all but those that are not what the store knows."""
     fitting = []
     for record in records:
         known = store.find_video(record.id)
-        if known is not None and known.content_hash != record.content_hash:
+        is_changed = known is not None and known.content_hash != record.content_hash
+        if is_changed and not replace_changed:
             error = VideoChangedError(
                 f"{record.absolute} has other content than the {record.id!r} in {store.url}; "
-                "give it another name, or label it into another store"
+                "give it another name, or label it anew with --replace-changed"
             )
             log.warning("skipped %s: %s", record.id, error)
             report.failures.append(Failure(record.id, str(error)))
         else:
             fitting.append(record)
-    store.add_videos(fitting)
+    store.add_videos(fitting, replace_changed=replace_changed)
     # Where the videos lie now may not be where they lay when the store first saw them.
     return [
         replace(store.video(record.id), root=record.root, path=record.path) for record in fitting
@@ -225,6 +232,7 @@ def _label_request(teacher: Teacher, settings: DistillSettings) -> LabelRequest:
         provenance=provenance,
         layout=teacher.spec.layout,
         description=teacher.spec.description,
+        variant=settings.variant,
         grid_step=settings.grid_step,
         shard_frames=settings.shard_frames,
     )

@@ -5,6 +5,7 @@ Keys have ``/`` between folders. An object is written whole or not at all.
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 import shutil
@@ -69,7 +70,7 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def read_ranges(self, key: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, key: str, ranges: builtins.list[tuple[int, int]]) -> builtins.list[bytes]:
         """Return parts of an object, each from an offset and of a length.
 
         Raises:
@@ -103,6 +104,10 @@ class Place(ABC):
         """Yield key and size of all objects below a folder."""
 
     @abstractmethod
+    def folders(self, prefix: str) -> builtins.list[str]:
+        """Return the names of the folders in a folder."""
+
+    @abstractmethod
     def remove_leftovers(self) -> None:
         """Delete what killed writers left half written."""
 
@@ -134,7 +139,7 @@ class LocalPlace(Place):
             size = file.seek(0, os.SEEK_END)
             return os.pread(file.fileno(), length, max(0, size - length)), size
 
-    def read_ranges(self, key: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, key: str, ranges: builtins.list[tuple[int, int]]) -> builtins.list[bytes]:
         with (self.path / key).open("rb", buffering=0) as file:
             return [os.pread(file.fileno(), length, offset) for offset, length in ranges]
 
@@ -184,6 +189,11 @@ class LocalPlace(Place):
                 with suppress(FileNotFoundError):  # deleted meanwhile
                     key = (folder / name).relative_to(self.path).as_posix()
                     yield key, (folder / name).lstat().st_size
+
+    def folders(self, prefix: str) -> builtins.list[str]:
+        with suppress(FileNotFoundError):
+            return [entry.name for entry in (self.path / prefix).iterdir() if entry.is_dir()]
+        return []
 
     def remove_leftovers(self) -> None:
         for leftover in self.path.rglob(f"*{PARTIAL}"):
@@ -248,7 +258,7 @@ class ObjectPlace(Place):
             result = self._obstore.get(self.objects, key, options={"range": {"suffix": length}})
             return bytes(result.bytes()), int(result.meta["size"])
 
-    def read_ranges(self, key: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def read_ranges(self, key: str, ranges: builtins.list[tuple[int, int]]) -> builtins.list[bytes]:
         starts = [offset for offset, _ in ranges]
         lengths = [length for _, length in ranges]
         with _reading(f"{self.url}/{key}"):
@@ -277,6 +287,11 @@ class ObjectPlace(Place):
             for batch in self._obstore.list(self.objects, prefix=prefix or None):
                 for entry in batch:
                     yield str(entry["path"]), int(entry["size"])
+
+    def folders(self, prefix: str) -> builtins.list[str]:
+        with _reading(f"{self.url}/{prefix}"):
+            found = self._obstore.list_with_delimiter(self.objects, prefix=prefix)
+        return [str(path).rpartition("/")[2] for path in found["common_prefixes"]]
 
     def remove_leftovers(self) -> None:
         """Nothing is left: an object that was not written to its end is not there."""

@@ -163,7 +163,8 @@ def _summarise_set(
     full = 0
     if isinstance(item, LabelSet):
         layout = item.layout
-        names = tuple(m.name for m in (*layout.maps, *layout.derived))
+        stored = [spec.name for spec in layout.maps]
+        names = (*stored, *(rule.name for rule in layout.derived))
         full = frames * len(names) * layout.height * layout.width * 4
         details = {
             "teacher": item.teacher,

@@ -303,10 +303,10 @@ class TargetStore:
     def dropped_sets(self) -> list[str]:
         """Keys of sets that were dropped and are not yet deleted."""
         return [
-            group.path
+            f"{folder}/{name}"
             for folder in ("labels", "frames")
-            for _, group in group_in(self._group, folder).groups()
-            if group.attrs.get("dropped")
+            for name, attributes in self._sets(folder)
+            if attributes.get("dropped")
         ]
 
     def ensure_label_set(
@@ -353,8 +353,10 @@ class TargetStore:
 
     @property
     def _video_table(self) -> Mapping[str, Any]:
-        group = group_in(self._group, "videos")
-        return {name: array_in(group, name) for name in schema.VIDEO_COLUMNS}
+        # Written also where all values are the fill value: a chunk that is gone is then damage.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            group = group_in(self._group, "videos")
+            return {name: array_in(group, name) for name in schema.VIDEO_COLUMNS}
 
     def _append_rows(self, rows: Sequence[VideoRow]) -> None:
         start, stop = self._num_rows, self._num_rows + len(rows)
@@ -395,13 +397,27 @@ class TargetStore:
             group.attrs.update({**attributes, "digest": schema.digest(attributes)})
         return group
 
+    def _sets(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield names and attributes of sets, also of those in the making or being dropped."""
+        for name in sorted(self.place.folders(folder)):
+            key = f"{folder}/{name}/zarr.json"
+            try:
+                attributes = dict(json.loads(self.place.read(key))["attributes"])
+            except FileNotFoundError:
+                continue  # in the making
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise TargetStoreError(
+                    f"{key} in {self.url} is damaged ({error!r}); find out more with: tinyhd store "
+                    f"verify {self.url}"
+                ) from error
+            yield name, attributes
+
     def _groups(self, folder: str) -> list[tuple[str, zarr.Group]]:
-        members = group_in(self._group, folder).groups()
-        return sorted(
-            (name, group)
-            for name, group in members
-            if "fingerprint" in group.attrs and not group.attrs.get("dropped")
-        )
+        return [
+            (name, group_in(self._group, f"{folder}/{name}"))
+            for name, attributes in self._sets(folder)
+            if "fingerprint" in attributes and not attributes.get("dropped")
+        ]
 
     def _find_group(self, folder: str, name: str | None) -> zarr.Group:
         groups = self._groups(folder)

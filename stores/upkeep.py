@@ -30,6 +30,12 @@ class MergeReport:
     damaged: list[str] = field(default_factory=list)
     """Keys of shards that are not what their receipt says, and were not copied."""
 
+    def __str__(self) -> str:
+        return (
+            f"{self.videos} new videos, {self.shards} shards copied ({self.bytes} bytes), "
+            f"{self.known} known already"
+        )
+
 
 def sweep(store: TargetStore) -> int:
     """Delete what belongs to dropped sets and videos; return the number of objects.

@@ -57,6 +57,17 @@ class VerifyReport:
     def is_clean(self) -> bool:
         return not self.problems
 
+    def __str__(self) -> str:
+        if self.is_clean:
+            text = f"no problems; {self.objects} shards ({self.bytes} bytes) are what was written"
+        else:
+            text = f"{len(self.problems)} problems; {self.objects} shards looked at"
+        if self.repaired:
+            text += f"; {self.repaired} taken back, label them again with tinyhd distill"
+        if self.uncommitted:
+            text += f"; {self.uncommitted} files of a stopped run wait to be overwritten"
+        return text
+
     def add(self, key: str, what: str) -> None:
         """Note a problem."""
         self.problems.append(Problem(key, what))
@@ -111,6 +122,12 @@ def _check_structure(place: Place, report: VerifyReport) -> None:
 
 
 def _check_videos(store: TargetStore, report: VerifyReport) -> None:
+    there = {key for key, _ in store.place.list("videos")}
+    for column in schema.VIDEO_COLUMNS:
+        for chunk in range(-(-len(store.rows) // schema.VIDEO_CHUNK)):
+            key = f"videos/{column}/c/{chunk}" + ("/0" if column == "content_hash" else "")
+            if key not in there:
+                report.add(key, "is gone")
     ranges: dict[int, tuple[int, bytes]] = {}
     for number, row in enumerate(store.rows):
         where = f"videos, row {number} ({row.id!r})"
@@ -133,18 +150,13 @@ def _check_videos(store: TargetStore, report: VerifyReport) -> None:
 
 
 def _check_sets(store: TargetStore, report: VerifyReport, *, repair: bool) -> None:
-    dropped = store.dropped_sets
     for folder in ("labels", "frames"):
         keys = [key for key, _ in store.place.list(folder)]
         for key in keys:
             if key.count("/") == 1 and key != f"{folder}/zarr.json":
                 report.add(key, "is a foreign file")
         for name in sorted({key.split("/")[1] for key in keys if key.count("/") > 1}):
-            if f"{folder}/{name}" in dropped:
-                what = "was dropped and is not yet deleted; finish that with: tinyhd store drop"
-                report.add(f"{folder}/{name}", what)
-            else:
-                _check_set(store, f"{folder}/{name}", report, repair=repair)
+            _check_set(store, f"{folder}/{name}", report, repair=repair)
 
 
 def _check_set(store: TargetStore, key: str, report: VerifyReport, *, repair: bool) -> None:
@@ -156,6 +168,9 @@ def _check_set(store: TargetStore, key: str, report: VerifyReport, *, repair: bo
     attributes = metadata.get("attributes", {})
     if not attributes:
         return  # in the making, or left so by a run that was stopped
+    if attributes.get("dropped"):
+        report.add(key, "was dropped and is not yet deleted; finish that with: tinyhd store drop")
+        return
     _check_attributes(f"{key}/zarr.json", attributes, report)
     for name in (*attributes.get("arrays", ()), "receipts"):
         _metadata(store.place, f"{key}/{name}/zarr.json", report)

@@ -1,0 +1,147 @@
+"""Label some shards of a store anew, and compare."""
+
+from __future__ import annotations
+
+import random
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distill.label import READ_AHEAD_FRAMES, LabelFiller
+from stores.ahead import read_ahead
+from stores.errors import TargetStoreError, VideoChangedError, VideoNotLabelledError
+from stores.progress import Progress
+from stores.shards import LabelSet, VideoRow
+from stores.targets import TargetStore
+from stores.videos import decode_video, hash_file
+from teachers.base import Teacher
+from teachers.registry import build
+
+
+@dataclass
+class RelabelReport:
+    """How far a teacher's maps of today are from the stored ones."""
+
+    shards: int = 0
+    values: int = 0
+    moved: int = 0
+    """Values that are one grid step off, as another machine or version may make them."""
+    wrong: int = 0
+    """Values that are more than one step off."""
+    worst: str = ""
+    """The first shard with such a value."""
+
+    @property
+    def is_within_bounds(self) -> bool:
+        return not self.wrong
+
+    def __str__(self) -> str:
+        share = self.moved / self.values if self.values else 0.0
+        text = (
+            f"{self.shards} shards labelled anew: {self.values} values, {share:.2%} of them one "
+            "grid step off"
+        )
+        if self.wrong:
+            text += f", {self.wrong} more than that, first in {self.worst}"
+        return text
+
+
+def relabel_shards(
+    where: str,
+    number: int,
+    *,
+    labels: str | None = None,
+    weights: Path | None = None,
+    videos_root: Path | None = None,
+    seed: int = 0,
+) -> RelabelReport:
+    """Label random shards with the teacher that made them and compare with what is stored.
+
+    Args:
+        where: Path or URL of the store; it is only read.
+        number: Shards to look at; all if there are fewer.
+        labels: Name of the label set, or its beginning.
+        weights: The teacher's weights, if it has any.
+        videos_root: Where the videos lie now, if not where they were labelled.
+        seed: Which shards are taken.
+
+    Raises:
+        TargetStoreError: If store, label set or videos are not there, or the teacher is another.
+        ValueError: If there is no such teacher.
+    """
+    store = TargetStore.open(where)
+    label_set = store.label_set(labels)
+    teacher = _build_teacher(label_set, weights)
+    choices = [
+        (video, shard)
+        for video in {row.first: row for row in store.videos}.values()
+        for shard in label_set.shards(video)
+        if label_set.is_committed(shard)
+    ]
+    if not choices:
+        raise VideoNotLabelledError(f"{label_set.name} in {where} holds no shard to compare with")
+    chosen = random.Random(seed).sample(choices, min(number, len(choices)))
+    report = RelabelReport()
+    label = f"labelling anew with {label_set.teacher}"
+    with Progress(len(chosen), unit="shards", label=label) as progress:
+        for video, shard in chosen:
+            path = (videos_root or Path(video.root)) / video.path
+            if hash_file(path) != video.content_hash:
+                raise VideoChangedError(f"{path} is not the video that {where} was labelled from")
+            _compare(
+                label_set, video, shard, _label(label_set, video, shard, teacher, path), report
+            )
+            progress.advance()
+    return report
+
+
+def _build_teacher(label_set: LabelSet, weights: Path | None) -> Teacher:
+    layout = label_set.layout
+    teacher = build(label_set.teacher, size=(layout.height, layout.width), weights=weights)
+    now = {**teacher.spec.provenance, "weights_sha256": teacher.weights_sha256}
+    then = label_set.attributes["provenance"]
+    if other := [name for name in now if now[name] != then.get(name)]:
+        raise TargetStoreError(
+            f"the teacher {label_set.teacher!r} here differs from that of {label_set.name} in: "
+            f"{', '.join(other)}"
+        )
+    return teacher
+
+
+def _label(
+    label_set: LabelSet, video: VideoRow, shard: int, teacher: Teacher, path: Path
+) -> dict[str, npt.NDArray[Any]]:
+    batch = int(label_set.attributes["environment"].get("batch", teacher.spec.batch))
+    filler = LabelFiller(label_set, video, [shard], teacher=teacher, batch=batch)
+    stop = label_set.frames_of(shard, video).stop
+    reader = label_set.attributes["provenance"]["decoder"]["reader"]
+    with closing(read_ahead(decode_video(path, reader=reader), READ_AHEAD_FRAMES)) as frames:
+        for index, frame in enumerate(frames):
+            filler.take(index, frame)
+            if index + 1 == stop:
+                return filler.end_shard()
+    raise VideoChangedError(f"{path} ends before frame {stop}, which was labelled")
+
+
+def _compare(
+    label_set: LabelSet,
+    video: VideoRow,
+    shard: int,
+    planes: dict[str, npt.NDArray[Any]],
+    report: RelabelReport,
+) -> None:
+    span = label_set.frames_of(shard, video)
+    stored = label_set.read(video.id, span.start, span.stop)
+    step = float(label_set.attributes["grid_step"])
+    report.shards += 1
+    for name, values in planes.items():
+        steps = np.abs(np.round(values / step) - np.round(stored[name] / step))
+        report.values += steps.size
+        report.moved += int((steps == 1).sum())
+        if wrong := int((~(steps <= 1)).sum()):
+            report.wrong += wrong
+            report.worst = report.worst or f"{video.id!r}, frames {span.start}-{span.stop}"

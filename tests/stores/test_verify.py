@@ -1,0 +1,211 @@
+"""Damage of every kind is found and named, and repaired by taking back receipts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stores import schema
+from stores.errors import FormatVersionError, NotATargetStoreError, VideoNotLabelledError
+from stores.targets import TargetStore
+from stores.verify import verify_store
+from tests.stores.test_targets import planes, record, request
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A store of two videos, all labelled, the short one with frames."""
+    path = tmp_path / "targets.zarr"
+    store = TargetStore.create(path)
+    with store.writer():
+        store.add_videos([record("a", 40), record("b", 16)])
+        labels = store.ensure_label_set(request(), {"machine": "test"})
+        for video in store.videos:
+            for shard in labels.shards(video):
+                data = planes(len(labels.frames_of(shard, video)), seed=shard)
+                labels.commit([labels.write_shard(shard, data, video)])
+        frames = store.ensure_frame_set(
+            schema.FrameRequest(height=8, width=8, decoder={"reader": "test"}, shard_frames=16), {}
+        )
+        video = store.video("b")
+        black = {"rgb_8x8": np.zeros((16, 8, 8, 3), np.uint8)}
+        frames.commit([frames.write_shard(frames.shards(video)[0], black, video)])
+    return path
+
+
+def one(path: Path, pattern: str) -> Path:
+    (file,) = path.glob(pattern)
+    return file
+
+
+def flip(file: Path, *, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at % len(content)] ^= 0x04
+    file.write_bytes(content)
+
+
+def test_whole_store_has_no_problems(path: Path) -> None:
+    report = verify_store(path)
+    assert report.problems == []
+    assert report.objects == 4 * 2 + 1
+    assert "no problems" in str(report)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+Harm = Callable[[Path], object]
+SHARD = "labels/*/maps_8x8/c.1.0.0.0"
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda f: flip(f, at=9), lambda f: flip(f, at=-3), cut, Path.unlink]
+)
+@pytest.mark.parametrize("pattern", [SHARD, "frames/*/rgb_8x8/c.16.0.0.0"])
+def test_damaged_shard_is_named_and_only_its_receipt_is_taken_back(
+    path: Path, pattern: str, harm: Harm
+) -> None:
+    file = one(path, pattern)
+    harm(file)
+    report = verify_store(path)
+    assert [problem.key for problem in report.problems] == [file.relative_to(path).as_posix()]
+    assert verify_store(path, repair=True).repaired == 1
+    again = verify_store(path)
+    assert again.problems == []
+    store = TargetStore.open(path)
+    if pattern == SHARD:
+        labels = store.label_set()
+        assert labels.coverage(store.video("a")) == [range(16), range(32, 40)]
+        assert labels.coverage(store.video("b")) == [range(16)]
+        with pytest.raises(VideoNotLabelledError):
+            labels.read("a", 16, 20)
+
+
+def test_exchanged_shards_are_found(path: Path) -> None:
+    first, second = one(path, SHARD), one(path, "labels/*/maps_8x8/c.0.0.0.0")
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    assert len(verify_store(path).problems) == 2
+
+
+@pytest.mark.parametrize("column", list(schema.VIDEO_COLUMNS))
+@pytest.mark.parametrize("at", [5, -6])
+def test_damage_in_the_table_of_videos_is_found(path: Path, column: str, at: int) -> None:
+    file = next(file for file in (path / "videos" / column / "c").rglob("*") if file.is_file())
+    flip(file, at=at)
+    (problem, *_) = verify_store(path).problems
+    assert "videos" in str(problem)
+
+
+@pytest.mark.parametrize("column", list(schema.VIDEO_COLUMNS))
+def test_missing_part_of_the_table_of_videos_is_found(path: Path, column: str) -> None:
+    file = next(file for file in (path / "videos" / column / "c").rglob("*") if file.is_file())
+    file.unlink()
+    assert any("video" in str(problem) for problem in verify_store(path).problems)
+
+
+@pytest.mark.parametrize("at", [5, 40, -2])
+def test_damaged_receipts_are_named_and_taken_back(path: Path, at: int) -> None:
+    file = one(path, "labels/*/receipts/c/0/0/0")
+    flip(file, at=at)
+    (problem,) = verify_store(path).problems
+    assert "receipts" in problem.key
+    assert verify_store(path, repair=True).repaired > 0
+    report = verify_store(path)
+    assert report.problems == []
+    assert report.uncommitted == 8
+    store = TargetStore.open(path)
+    assert not store.label_sets[0].num_committed
+    assert store.frame_sets[0].num_committed == 1
+
+
+def test_missing_receipts_make_everything_unlabelled(path: Path) -> None:
+    one(path, "labels/*/receipts/c/0/0/0").unlink()
+    report = verify_store(path)
+    assert report.problems == []
+    assert report.uncommitted == 8
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["grid_step", "description", "environment", "error_bounds", "fingerprint", "maps", "arrays"],
+)
+def test_changed_attributes_are_found(path: Path, key: str) -> None:
+    file = one(path, "labels/*/zarr.json")
+    metadata = json.loads(file.read_text())
+    metadata["attributes"][key] = {"grid_step": 1 / 16}.get(key, "exchanged")
+    file.write_text(json.dumps(metadata))
+    (problem, *_) = verify_store(path).problems
+    assert problem.key == file.relative_to(path).as_posix()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "zarr.json",
+        "videos/zarr.json",
+        "videos/frames/zarr.json",
+        "labels/zarr.json",
+        "labels/*/zarr.json",
+        "labels/*/maps_4x4/zarr.json",
+        "labels/*/receipts/zarr.json",
+        "frames/*/rgb_8x8/zarr.json",
+    ],
+)
+@pytest.mark.parametrize("harm", [lambda f: f.write_bytes(b"[]"), cut, Path.unlink])
+def test_damaged_metadata_are_named(path: Path, pattern: str, harm: Harm) -> None:
+    file = one(path, pattern)
+    harm(file)
+    if pattern == "zarr.json":
+        with pytest.raises(NotATargetStoreError, match=r"targets\.zarr"):
+            verify_store(path)
+        return
+    report = verify_store(path)
+    assert file.relative_to(path).as_posix() in {problem.key for problem in report.problems}
+
+
+def test_other_codecs_are_found(path: Path) -> None:
+    file = one(path, "labels/*/maps_8x8/zarr.json")
+    file.write_text(file.read_text().replace('"scale": 32', '"scale": 16'))
+    (problem,) = verify_store(path).problems
+    assert problem.key.endswith("maps_8x8/zarr.json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("letter.txt", "videos/letter.txt", "videos/id/c/zero", "labels/letter.txt"),
+        *("labels/toy*/letter.txt", "labels/*/maps_8x8/c.0.0.0.0.bak", "frames/*/rgb_8x8/c.x"),
+    ],
+)
+def test_foreign_files_are_named(path: Path, name: str) -> None:
+    folder, _, file = name.rpartition("/")
+    place = one(path, folder) / file if folder else path / file
+    place.write_text("dear reader")
+    (problem,) = verify_store(path).problems
+    assert problem.key == place.relative_to(path).as_posix()
+    assert "foreign" in problem.what
+
+
+def test_files_of_a_stopped_run_are_no_problem(path: Path) -> None:
+    one(path, SHARD).with_name("c.2.0.0.0.partial").write_bytes(b"half")
+    store = TargetStore.open(path, mode="r+")
+    store.label_set().clear([2])
+    report = verify_store(path)
+    assert report.problems == []
+    assert report.uncommitted == 2
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path, path: Path) -> None:
+    with pytest.raises(NotATargetStoreError, match="does not exist"):
+        verify_store(tmp_path / "nowhere.zarr")
+    root = path / "zarr.json"
+    root.write_text(root.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(FormatVersionError, match="has format version 9"):
+        verify_store(path)
