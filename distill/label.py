@@ -107,7 +107,9 @@ class LabelFiller(ShardFiller):
             return
         if not self._frames:
             self._first = index
-        self._frames.append(self._teacher.resize(frame[:, ::-1] if self._is_mirrored else frame))
+        if self._is_mirrored:
+            frame = np.ascontiguousarray(frame[:, ::-1])
+        self._frames.append(self._teacher.resize(frame))
         batch = self._todo[: self._batch]
         if index + 1 < batch.stop:
             return

@@ -58,15 +58,19 @@ class MapLayout:
     """The hierarchical maps, the finest first; empty for a teacher that has none."""
 
     def __post_init__(self) -> None:
-        stored = [spec.name for spec in self.maps]
-        names = [*stored, *(derived.name for derived in self.derived)]
+        stored, names = [spec.name for spec in self.maps], self.names
         if len(set(names)) != len(names):
-            raise ValueError(f"map names must differ, got {names}")
+            raise ValueError(f"map names must differ, got {', '.join(names)}")
         for derived in self.derived:
             if missing := [name for name, _ in derived.terms if name not in stored]:
                 raise ValueError(f"{derived.name} is derived from {missing}, which are not stored")
         if missing := [name for name in (self.saliency, *self.hierarchical) if name not in names]:
-            raise ValueError(f"there are no maps {missing}; there are {names}")
+            raise ValueError(f"there are no maps {missing}; there are {', '.join(names)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all maps, stored and derived."""
+        return (*(spec.name for spec in self.maps), *(rule.name for rule in self.derived))
 
     @property
     def arrays(self) -> dict[str, tuple[MapSpec, ...]]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import zarr
 
 from stores import schema
 from stores.codec import check_planes
 from stores.errors import TargetStoreError, VideoNotLabelledError
 from stores.lease import check_token
-from stores.maps import MapLayout
+from stores.maps import MapLayout, render_maps
 from stores.places import writing
 from stores.shard_file import GridPacking, Packing, ShardFormat, ZstdPacking
 from stores.videos import VideoRecord
@@ -369,6 +370,41 @@ class LabelSet(ShardSet):
             VideoNotLabelledError: If a frame of the span has no committed targets.
         """
         return self.read_arrays(self.store.video(video), start, stop)
+
+    def read_maps(
+        self,
+        video: str,
+        start: int,
+        stop: int,
+        names: Sequence[str] | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Return maps of frames ``start`` to ``stop`` (exclusive), composed where they are derived.
+
+        Args:
+            video: Its id.
+            start: First frame.
+            stop: Frame after the last.
+            names: Maps of the layout; all, derived ones too, if not given.
+            size: Height and width of the result; the teacher's input size if not given.
+
+        Shape:
+            each ``(stop - start, height, width)``, non-negative, meaningful up to its sum
+
+        Raises:
+            VideoNotFoundError: If the store does not know the video.
+            VideoNotLabelledError: If a frame of the span has no committed targets.
+            KeyError: If the layout has no such map.
+        """
+        layout = self.layout
+        height, width = size or (layout.height, layout.width)
+        planes = {
+            name: torch.from_numpy(values) for name, values in self.read(video, start, stop).items()
+        }
+        wanted = layout.names if names is None else names
+        maps = render_maps(planes, layout, wanted, height=height, width=width)
+        return {name: values.numpy() for name, values in maps.items()}
 
     @property
     def head_frames(self) -> int:

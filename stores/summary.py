@@ -163,8 +163,7 @@ def _summarise_set(
     full = 0
     if isinstance(item, LabelSet):
         layout = item.layout
-        stored = [spec.name for spec in layout.maps]
-        names = (*stored, *(rule.name for rule in layout.derived))
+        names = layout.names
         full = frames * len(names) * layout.height * layout.width * 4
         details = {
             "teacher": item.teacher,
