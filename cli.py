@@ -102,8 +102,7 @@ def cli(*, verbose: bool) -> None:
 @click.option(
     "--shard-frames",
     type=click.Choice(["16", "32", "64", "128", "256"]),
-    default="256",
-    help="Frames per file; what an interruption can cost per worker.",
+    help="Frames per file; what an interruption can cost.  [default: 256; 16 with blocks]",
 )
 @click.option(
     "--reader", type=click.Choice(["pyav", "skvideo"]), default="pyav", help="Who decodes."
@@ -113,6 +112,18 @@ def cli(*, verbose: bool) -> None:
     type=click.Choice(["identity", "hflip"]),
     default="identity",
     help="hflip: the teacher sees mirrored frames; a label set of its own.",
+)
+@click.option(
+    "--blocks-per-video",
+    type=click.IntRange(min=1),
+    help="Label only so many blocks of 16 frames of each video; more later adds to them.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Which blocks.")
+@click.option(
+    "--grid-step",
+    type=click.Choice(["1/32", "1/16", "1/8", "1/4"]),
+    default="1/32",
+    help="Distance of neighbouring stored logits.",
 )
 @click.option(
     "--replace-changed",
@@ -136,10 +147,20 @@ def distill_command(videos: tuple[Path, ...], store: str, **options: Any) -> Non
     Example:
         python cli.py distill videos/ --teacher pqft --store targets.zarr
     """
-    from distill import DistillSettings, label_videos
+    from fractions import Fraction
 
-    shard_frames = int(options.pop("shard_frames"))
-    settings = DistillSettings(shard_frames=shard_frames, **options)
+    from distill import Budget, DistillSettings, label_videos
+
+    blocks, seed = options.pop("blocks_per_video"), options.pop("seed")
+    shard_frames = options.pop("shard_frames")
+    if blocks is not None and shard_frames not in (None, "16"):
+        raise click.UsageError("--blocks-per-video labels shards of 16 frames; drop --shard-frames")
+    settings = DistillSettings(
+        budget=Budget(blocks, seed) if blocks is not None else None,
+        shard_frames=int(shard_frames or (256 if blocks is None else 16)),
+        grid_step=float(Fraction(options.pop("grid_step"))),
+        **options,
+    )
     report = label_videos(videos, store, settings)
     click.echo(report)
     for failure in report.failures:

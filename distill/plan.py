@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from stores.errors import VideoError
 from stores.progress import Progress
 from stores.shards import FrameSet, LabelSet, ShardSet, VideoRow
 from stores.targets import TargetStore
 from stores.videos import Reader, VideoFile, VideoRecord, hash_file, probe_video
+
+CONTEXT_FRAMES: Final = 15
+"""Frames that a student sees before the one that it predicts."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +87,52 @@ def probe_videos(
     return records, failures
 
 
-def plan_tasks(videos: Iterable[VideoRow], labels: LabelSet, frames: FrameSet | None) -> list[Task]:
-    """Return what is missing, the longest task first; videos with equal content are one task."""
-    tasks = {
-        video.first: Task(
+@dataclass(frozen=True)
+class Budget:
+    """How much of each video is labelled; see :meth:`stores.shards.ShardSet.sample`."""
+
+    blocks: int
+    """Shards of each video."""
+    seed: int = 0
+
+
+def plan_tasks(
+    videos: Iterable[VideoRow],
+    labels: LabelSet,
+    frames: FrameSet | None,
+    budget: Budget | None = None,
+) -> list[Task]:
+    """Return what is missing, the longest task first; videos with equal content are one task.
+
+    Args:
+        videos: What is wanted.
+        labels: The label set.
+        frames: The frame set, if frames are kept.
+        budget: Some shards of each video only, with the frames of the clips that end in them.
+    """
+    tasks = {}
+    for video in videos:
+        wanted = wanted_shards(labels, video, budget)
+        shown: Sequence[int] = frames.shards(video) if frames is not None else ()
+        if frames is not None and budget is not None:
+            spans = [labels.frames_of(shard, video) for shard in wanted]
+            clips = {t for span in spans for t in range(span.start - CONTEXT_FRAMES, span.stop)}
+            shown = [s for s in shown if not clips.isdisjoint(frames.frames_of(s, video))]
+        tasks[video.first] = Task(
             video,
-            tuple(labels.missing(video)),
-            tuple(frames.missing(video)) if frames is not None else (),
+            tuple(shard for shard in wanted if not labels.is_committed(shard)),
+            tuple(s for s in shown if frames is not None and not frames.is_committed(s)),
         )
-        for video in videos
-    }
     missing = [task for task in tasks.values() if not task.is_empty]
     # The longest first, so that none is left over when the others are done; then as in the store.
     return sorted(missing, key=lambda task: (-len(task.label_shards), task.video.first))
+
+
+def wanted_shards(labels: LabelSet, video: VideoRow, budget: Budget | None) -> Sequence[int]:
+    """Return the shards of a video that are to be there in the end."""
+    if budget is None:
+        return labels.shards(video)
+    return labels.sample(video, blocks=budget.blocks, seed=budget.seed)
 
 
 def _as_text(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from distill.executors import Executor, InlineExecutor, RayExecutor
 from distill.label import ShardDone
-from distill.plan import Failure, Task, plan_tasks, probe_videos
+from distill.plan import Budget, Failure, Task, plan_tasks, probe_videos, wanted_shards
 from distill.worker import WorkerSettings
 from stores.codec import GRID_STEP
 from stores.errors import VideoChangedError, VideoError
@@ -43,6 +43,8 @@ class DistillSettings:
     """Windows labelled together; the teacher's own number if not given."""
     shard_frames: int = FRAME_ALIGNMENT
     grid_step: float = GRID_STEP
+    budget: Budget | None = None
+    """How much of each video is labelled; all if not given."""
     replace_changed: bool = False
     """Whether a video whose content has changed is labelled anew; else it is an error."""
     executor: Literal["ray", "inline"] = "ray"
@@ -126,7 +128,7 @@ def _label_records(
     frames = None
     if settings.with_frames is not None:
         frames = store.ensure_frame_set(_frame_request(settings), surroundings)
-    tasks = plan_tasks(videos, labels, frames)
+    tasks = plan_tasks(videos, labels, frames, settings.budget)
     store.log_run(event="start", label_set=labels.name, tasks=len(tasks), **surroundings)
     began = time.monotonic()
     if tasks:
@@ -143,7 +145,10 @@ def _label_records(
         )
         _run_tasks(tasks, _executor(worker, settings), labels, frames, report)
     report.seconds = time.monotonic() - began
-    report.videos = sum(not labels.missing(video) for video in videos)
+    report.videos = sum(
+        all(map(labels.is_committed, wanted_shards(labels, video, settings.budget)))
+        for video in videos
+    )
     for failure in report.failures:
         store.log_run(event="failure", video=failure.video, reason=failure.reason)
     store.log_run(event="end", frames=report.frames, seconds=report.seconds)
