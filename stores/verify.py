@@ -59,9 +59,9 @@ class VerifyReport:
 
     def __str__(self) -> str:
         if self.is_clean:
-            text = f"no problems; {self.objects} shards ({self.bytes} bytes) are what was written"
+            text = f"no problems; {self.objects} files of shards are what was written"
         else:
-            text = f"{len(self.problems)} problems; {self.objects} shards looked at"
+            text = f"{len(self.problems)} problems; {self.objects} files of shards looked at"
         if self.repaired:
             text += f"; {self.repaired} taken back, label them again with tinyhd distill"
         if self.uncommitted:
