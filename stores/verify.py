@@ -183,6 +183,7 @@ def _check_set(store: TargetStore, key: str, report: VerifyReport, *, repair: bo
     except TargetStoreError as error:
         report.add(f"{key}/receipts" if "receipts" in str(error) else key, str(error))
         return
+    store.refresh()  # after the receipts, as another process may be adding videos
     _check_arrays(store, shard_set, report)
     _check_keys(shard_set, objects, report)
     damaged = _check_shards(shard_set, objects, report)

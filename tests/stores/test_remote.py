@@ -18,7 +18,10 @@ from stores.errors import NotATargetStoreError, StoreBusyError, TargetStoreError
 from stores.lease import ObjectLease
 from stores.places import ObjectPlace, open_place
 from stores.targets import TargetStore
+from stores.upkeep import merge, sweep
+from stores.verify import verify_store
 from tests.stores.test_targets import planes, record, request
+from tests.stores.test_upkeep import make
 
 pytest.importorskip("moto.server")
 PROJECT = Path(__file__).resolve().parents[2]
@@ -88,6 +91,57 @@ def test_plain_zarr_reads_it(url: str) -> None:
     root: Any = zarr.open_group(ObjectStore(place.objects, read_only=True), mode="r")
     plain = root[f"{labels.key}/maps_8x8"][16:32]
     np.testing.assert_array_equal(plain, labels.read("a", 16, 32)["maps_8x8"])
+
+
+def test_videos_are_labelled_and_trained_from_there(
+    url: str, tmp_path: Path, video_folder: Path
+) -> None:
+    """The same bytes as on a disk; a second run does nothing; the trainer's data set reads it."""
+    from distill import DistillSettings, label_videos
+    from student.clips import ClipDataset, ClipKey, load_batches
+
+    settings = DistillSettings(
+        teacher="pqft", size=(64, 64), executor="inline", with_frames=(32, 32), shard_frames=16
+    )
+    label_videos([video_folder], url, settings)
+    label_videos([video_folder], tmp_path / "local.zarr", settings)
+    remote, local = open_place(url), open_place(tmp_path / "local.zarr")
+    keys = {key for key, _ in local.list() if not key.startswith("runs/")}
+    assert keys == {key for key, _ in remote.list() if not key.startswith("runs/")}
+    for key in keys:
+        assert remote.read(key) == local.read(key), key
+    assert label_videos([video_folder], url, settings).shards == 0
+    assert verify_store(url).problems == []
+    dataset = ClipDataset(url, TargetStore.open(url).label_set().name, height=32, width=32)
+    clips = [ClipKey("long", 20), ClipKey("short", 23)]
+    batches = load_batches(dataset, clips, batch_size=2, workers=1)
+    assert [tuple(batch.frames.shape) for batch in batches] == [(2, 16, 32, 32, 3)]
+
+
+@pytest.mark.ray
+def test_ray_workers_write_there(url: str, video_folder: Path) -> None:
+    """In a process of its own, as workers get their environment when Ray starts."""
+    command = [
+        *(sys.executable, "cli.py", "distill", str(video_folder / "short.avi"), "--store", url),
+        *("--teacher", "pqft", "--size", "64x64", "--shard-frames", "16"),
+    ]
+    subprocess.run(command, cwd=PROJECT, check=True)
+    labels = TargetStore.open(url).label_set()
+    assert labels.coverage(labels.store.video("short")) == [range(24)]
+    assert verify_store(url).problems == []
+
+
+def test_merging_and_dropping_there(url: str, tmp_path: Path) -> None:
+    local = make(tmp_path / "local.zarr", {"a": 40, "b": 20})
+    remote = TargetStore.create(url)
+    assert merge(remote, local).shards == 5
+    remote.label_set().read("b", 0, 20)
+    with remote.writer():
+        remote.drop_videos(["a"])
+        assert sweep(remote) == 6
+        remote.drop_set(remote.label_set())
+        assert sweep(remote) > 0
+    assert verify_store(url).problems == []
 
 
 def test_what_is_not_there_is_named(url: str) -> None:
