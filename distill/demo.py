@@ -180,7 +180,7 @@ def _score_and_draw(
         size=(height, width),
         clips=CLIPS,
         label_set=labels.name,
-        store_bytes=sum(size for _, size in labels.store.place.list()),
+        store_bytes=sum(size for _, size in labels.store.place.walk()),
         steps=state.step,
         uniform_kl=sum(uniform) / len(uniform),
         untrained=untrained,

@@ -5,7 +5,6 @@ Keys have ``/`` between folders. An object is written whole or not at all.
 
 from __future__ import annotations
 
-import builtins
 import errno
 import os
 import shutil
@@ -70,7 +69,7 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def read_ranges(self, key: str, ranges: builtins.list[tuple[int, int]]) -> builtins.list[bytes]:
+    def read_ranges(self, key: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         """Return parts of an object, each from an offset and of a length.
 
         Raises:
@@ -100,11 +99,11 @@ class Place(ABC):
         """Delete an object; it need not be there."""
 
     @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """Yield key and size of all objects below a folder."""
 
     @abstractmethod
-    def folders(self, prefix: str) -> builtins.list[str]:
+    def folders(self, prefix: str) -> list[str]:
         """Return the names of the folders in a folder."""
 
     @abstractmethod
@@ -139,7 +138,7 @@ class LocalPlace(Place):
             size = file.seek(0, os.SEEK_END)
             return os.pread(file.fileno(), length, max(0, size - length)), size
 
-    def read_ranges(self, key: str, ranges: builtins.list[tuple[int, int]]) -> builtins.list[bytes]:
+    def read_ranges(self, key: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         with (self.path / key).open("rb", buffering=0) as file:
             return [os.pread(file.fileno(), length, offset) for offset, length in ranges]
 
@@ -182,7 +181,7 @@ class LocalPlace(Place):
             for folder in path.relative_to(self.path).parents[:-1]:
                 (self.path / folder).rmdir()
 
-    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         for where, _, names in os.walk(self.path / prefix):
             folder = Path(where)
             for name in names:
@@ -190,7 +189,7 @@ class LocalPlace(Place):
                     key = (folder / name).relative_to(self.path).as_posix()
                     yield key, (folder / name).lstat().st_size
 
-    def folders(self, prefix: str) -> builtins.list[str]:
+    def folders(self, prefix: str) -> list[str]:
         with suppress(FileNotFoundError):
             return [entry.name for entry in (self.path / prefix).iterdir() if entry.is_dir()]
         return []
@@ -247,7 +246,7 @@ class ObjectPlace(Place):
         return ObjectStore(self.objects, read_only=read_only)
 
     def is_there(self) -> bool:
-        return any(True for _ in self.list())
+        return any(True for _ in self.walk())
 
     def read(self, key: str) -> bytes:
         with _reading(f"{self.url}/{key}"):
@@ -258,7 +257,7 @@ class ObjectPlace(Place):
             result = self._obstore.get(self.objects, key, options={"range": {"suffix": length}})
             return bytes(result.bytes()), int(result.meta["size"])
 
-    def read_ranges(self, key: str, ranges: builtins.list[tuple[int, int]]) -> builtins.list[bytes]:
+    def read_ranges(self, key: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         starts = [offset for offset, _ in ranges]
         lengths = [length for _, length in ranges]
         with _reading(f"{self.url}/{key}"):
@@ -282,13 +281,13 @@ class ObjectPlace(Place):
         with writing(f"{self.url}/{key}"), suppress(FileNotFoundError):
             self._obstore.delete(self.objects, key)
 
-    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         with _reading(f"{self.url}/{prefix}"):
             for batch in self._obstore.list(self.objects, prefix=prefix or None):
                 for entry in batch:
                     yield str(entry["path"]), int(entry["size"])
 
-    def folders(self, prefix: str) -> builtins.list[str]:
+    def folders(self, prefix: str) -> list[str]:
         with _reading(f"{self.url}/{prefix}"):
             found = self._obstore.list_with_delimiter(self.objects, prefix=prefix)
         return [str(path).rpartition("/")[2] for path in found["common_prefixes"]]

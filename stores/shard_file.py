@@ -138,7 +138,7 @@ class ZstdPacking(Packing):
 
         try:
             unpacked = Zstd(ZSTD_LEVEL).decode(data)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise ValueError(str(error)) from error
         if len(unpacked) != out.nbytes:
             raise ValueError(f"a chunk holds {len(unpacked)} bytes, not {out.nbytes}")

@@ -91,7 +91,7 @@ class VideoSummary:
 def summarise(store: TargetStore) -> StoreSummary:
     """Count what a store holds."""
     sizes: dict[tuple[str, ...], int] = {}
-    for key, size in store.place.list():
+    for key, size in store.place.walk():
         part = tuple(key.split("/")[:3])
         sizes[part] = sizes.get(part, 0) + size
     runs = _runs(store)
@@ -191,7 +191,7 @@ def _summarise_set(
 def _runs(store: TargetStore) -> dict[str, list[float]]:
     """Return when each set was worked on, as the logs tell."""
     times: dict[str, list[float]] = {}
-    for key, _ in sorted(store.place.list(LOG_FOLDER)):
+    for key, _ in sorted(store.place.walk(LOG_FOLDER)):
         for line in store.place.read(key).decode(errors="replace").splitlines():
             try:
                 entry = json.loads(line)

@@ -269,7 +269,7 @@ class TargetStore:
         self.check_driver()
         names = [*other.array_names, "receipts"]
         with writing(self.url):
-            if f"{other.key}/zarr.json" not in dict(self.place.list(other.key)):
+            if f"{other.key}/zarr.json" not in dict(self.place.walk(other.key)):
                 for name in (*names, None):  # the group last: a set without it is not one yet
                     key = "/".join(filter(None, (other.key, name, "zarr.json")))
                     metadata = json.loads(other.store.place.read(key))

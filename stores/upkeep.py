@@ -45,7 +45,7 @@ def sweep(store: TargetStore) -> int:
     """
     deleted = 0
     for key in store.dropped_sets:
-        objects = [name for name, _ in store.place.list(key)]
+        objects = [name for name, _ in store.place.walk(key)]
         root = f"{key}/zarr.json"
         for name in sorted(objects, key=lambda name: (name == root, name)):
             store.check_driver()
@@ -57,7 +57,7 @@ def sweep(store: TargetStore) -> int:
             continue
         shard_set.clear(dead)
         for array in shard_set.array_names:
-            for name, _ in list(store.place.list(f"{shard_set.key}/{array}")):
+            for name, _ in list(store.place.walk(f"{shard_set.key}/{array}")):
                 if shard_of(name) in dead:
                     store.place.delete(name)
                     deleted += 1

@@ -112,7 +112,7 @@ def _check_structure(place: Place, report: VerifyReport) -> None:
         found = _metadata(place, key, report)
         if found is not None and not _is_alike(found, metadata):
             report.add(key, "is not what this version of the format has there")
-    for key, _ in place.list():
+    for key, _ in place.walk():
         folder, _, rest = key.partition("/")
         if key in expected or key.endswith(PARTIAL) or folder in ("labels", "frames", "runs"):
             continue
@@ -122,7 +122,7 @@ def _check_structure(place: Place, report: VerifyReport) -> None:
 
 
 def _check_videos(store: TargetStore, report: VerifyReport) -> None:
-    there = {key for key, _ in store.place.list("videos")}
+    there = {key for key, _ in store.place.walk("videos")}
     for column in schema.VIDEO_COLUMNS:
         for chunk in range(-(-len(store.rows) // schema.VIDEO_CHUNK)):
             key = f"videos/{column}/c/{chunk}" + ("/0" if column == "content_hash" else "")
@@ -151,7 +151,7 @@ def _check_videos(store: TargetStore, report: VerifyReport) -> None:
 
 def _check_sets(store: TargetStore, report: VerifyReport, *, repair: bool) -> None:
     for folder in ("labels", "frames"):
-        keys = [key for key, _ in store.place.list(folder)]
+        keys = [key for key, _ in store.place.walk(folder)]
         for key in keys:
             if key.count("/") == 1 and key != f"{folder}/zarr.json":
                 report.add(key, "is a foreign file")
@@ -160,7 +160,7 @@ def _check_sets(store: TargetStore, report: VerifyReport, *, repair: bool) -> No
 
 
 def _check_set(store: TargetStore, key: str, report: VerifyReport, *, repair: bool) -> None:
-    objects = dict(store.place.list(key))
+    objects = dict(store.place.walk(key))
     metadata = _metadata(store.place, f"{key}/zarr.json", report)
     if metadata is None:
         return

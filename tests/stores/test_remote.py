@@ -106,8 +106,8 @@ def test_videos_are_labelled_and_trained_from_there(
     label_videos([video_folder], url, settings)
     label_videos([video_folder], tmp_path / "local.zarr", settings)
     remote, local = open_place(url), open_place(tmp_path / "local.zarr")
-    keys = {key for key, _ in local.list() if not key.startswith("runs/")}
-    assert keys == {key for key, _ in remote.list() if not key.startswith("runs/")}
+    keys = {key for key, _ in local.walk() if not key.startswith("runs/")}
+    assert keys == {key for key, _ in remote.walk() if not key.startswith("runs/")}
     for key in keys:
         assert remote.read(key) == local.read(key), key
     assert label_videos([video_folder], url, settings).shards == 0
