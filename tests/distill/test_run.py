@@ -105,10 +105,12 @@ def test_killed_run_continues_to_the_same_bytes(tmp_path: Path, sample_folder: P
     """Killed half way with SIGKILL, and continued by the same command."""
     whole, cut = tmp_path / "whole.zarr", tmp_path / "cut.zarr"
     clip = sample_folder / "bikes.mp4"
-    label_videos([clip], whole, DistillSettings(teacher="pqft", executor="inline", shard_frames=16))
+    # So large that the run goes on for several seconds after its first receipts.
+    settings = DistillSettings(teacher="pqft", size=(288, 384), executor="inline", shard_frames=16)
+    label_videos([clip], whole, settings)
     command = [
         *(sys.executable, "cli.py", "distill", str(clip), "--store", str(cut)),
-        *("--teacher", "pqft", "--shard-frames", "16"),
+        *("--teacher", "pqft", "--size", "288x384", "--shard-frames", "16"),
     ]
     process = subprocess.Popen(command, cwd=PROJECT, start_new_session=True)
     deadline = time.monotonic() + 120
