@@ -23,8 +23,8 @@ VERSION: Final = 1
 FRAME_ALIGNMENT: Final = 256
 """Every video starts at a multiple of this on the frame axis, so that no shard holds two videos."""
 CHUNK_FRAMES: Final = 8
-GRID_PACKING: Final = "grid, differences in time, pcodec"
-ZSTD_PACKING: Final = "zstd"
+GRID_PACKING: Final = "grid, differences in time, pcodec, crc32c"
+ZSTD_PACKING: Final = "zstd, crc32c"
 RECEIPT_CHUNK: Final = 1024
 VIDEO_CHUNK: Final = 4096
 DIGEST_BYTES: Final = 32

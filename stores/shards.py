@@ -26,9 +26,10 @@ from stores.videos import VideoRecord
 if TYPE_CHECKING:
     from stores.targets import TargetStore
 
-
 COMMIT_SECONDS: Final = 2.0
 COMMIT_SHARDS: Final = 256
+CACHED_INDICES: Final = 65536
+"""Indices of shards that a label set keeps: some 10 MB where shards are of 16 frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +320,8 @@ class ShardSet(ABC):
     def _index(self, name: str, shard: int) -> npt.NDArray[np.int64]:
         index = self._indices.get((name, shard))
         if index is None:
+            if len(self._indices) >= CACHED_INDICES:
+                self._indices.clear()
             form, key = self.formats[name], self.shard_key(name, shard)
             end, size = self.store.place.read_end(key, form.index_bytes)
             index = self._indices[name, shard] = form.read_index(end, size)

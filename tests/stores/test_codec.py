@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def round_trip(planes: codec.Planes, tmp: str) -> codec.Planes:
         **packing.codecs,
     )
     packed = shards.pack(planes)
-    Path(tmp, "c/0/0/0/0").parent.mkdir(parents=True)
+    Path(tmp, "c/0/0/0/0").parent.mkdir(parents=True, exist_ok=True)
     Path(tmp, "c/0/0/0/0").write_bytes(packed)
     values = np.asarray(array[:])
     np.testing.assert_array_equal(shards.unpack(packed), values)
@@ -85,6 +86,20 @@ def test_values_that_the_grid_would_falsify_are_refused_with_their_place(value: 
     planes[2, 1, 3, 4] = value
     with pytest.raises(TargetValueError, match=r"map 1 for frame 102 of 'clip' .* row 3, column 4"):
         codec.check_planes(planes, video="clip", first_frame=100)
+
+
+def test_small_shapes_are_read_by_zarr_or_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    refused = 0
+    for shape in itertools.product((1, 2, 8), (1, 2, 4), (1, 2, 3), (1, 2, 5)):
+        planes = (rng.integers(-900, 900, shape) * GRID).astype(np.float32)
+        if sum(length > 1 for length in shape[1:]) == 1:
+            with pytest.raises(ValueError, match="single line"):
+                GridPacking((shape[1], shape[2], shape[3]), GRID)
+            refused += 1
+        else:
+            np.testing.assert_array_equal(round_trip(planes, str(tmp_path / "a.zarr")), planes)
+    assert refused == 3 * 6
 
 
 @pytest.mark.parametrize("step", [0.0, -1 / 32, 1 / 33, 1 / 64, 2.0])
