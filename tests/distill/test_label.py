@@ -19,10 +19,10 @@ from teachers.base import Teacher, TeacherSpec
 
 
 class MeanTeacher(Teacher):
-    """Says, for each frame, the mean brightness of every frame of its window."""
+    """Says, for each frame, the mean brightness of every frame of its window, in two rows."""
 
     def __init__(self, window: int = 5) -> None:
-        maps = (MapSpec(name="m", height=1, width=5, activation="exp", order="activate_first"),)
+        maps = (MapSpec(name="m", height=2, width=5, activation="exp", order="activate_first"),)
         super().__init__(
             TeacherSpec(
                 name="mean",
@@ -41,7 +41,8 @@ class MeanTeacher(Teacher):
 
     def logits(self, windows: Tensor) -> dict[str, Tensor]:
         self.batches.append(len(windows))
-        return {"maps_1x5": windows.mean((1, 3, 4))[:, None, None] * 100}
+        means = windows.mean((1, 3, 4)) * 100
+        return {"maps_2x5": means[:, None, None].expand(-1, 1, 2, -1)}
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_every_frame_gets_the_target_of_its_own_window(
 ) -> None:
     labels = label_set(tmp_path / "a.zarr", record)
     run(labels, MeanTeacher(), (0, 1, 2))
-    stored = labels.read("long", 0, 70)["maps_1x5"][:, 0, 0]
+    stored = labels.read("long", 0, 70)["maps_2x5"][:, 0, 0]
     means = brightness(video_folder)
     for frame in range(70):
         window = [max(0, frame - 4 + i) for i in range(5)]
@@ -108,7 +109,7 @@ def test_windows_reach_back_over_shard_borders(tmp_path: Path, record: VideoReco
     short, long = (label_set(tmp_path / f"{n}.zarr", record, shard_frames=n) for n in (8, 256))
     run(short, MeanTeacher(), tuple(range(9)))
     run(long, MeanTeacher(), (0,))
-    found, expected = (labels.read("long", 0, 70)["maps_1x5"] for labels in (short, long))
+    found, expected = (labels.read("long", 0, 70)["maps_2x5"] for labels in (short, long))
     np.testing.assert_allclose(found, expected, atol=1 / 32)
 
 
@@ -124,8 +125,8 @@ def test_other_length_than_planned_is_an_error(
 
 class NotANumber(MeanTeacher):
     def logits(self, windows: Tensor) -> dict[str, Tensor]:
-        values = super().logits(windows)["maps_1x5"]
-        return {"maps_1x5": torch.where(values > 0, torch.nan, values)}
+        values = super().logits(windows)["maps_2x5"]
+        return {"maps_2x5": torch.where(values > 0, torch.nan, values)}
 
 
 def test_maps_that_are_no_numbers_are_refused(tmp_path: Path, record: VideoRecord) -> None:
