@@ -15,13 +15,12 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Final, Self
 
 from filelock import FileLock, Timeout
 
-from stores.errors import StoreBusyError, TargetStoreError
-from stores.places import LocalPlace, ObjectPlace, Place
+from stores.errors import StoreBusyError, StoreWriteError
+from stores.places import LocalPlace, ObjectPlace, Place, reading, writing
 
 log = logging.getLogger(__name__)
 
@@ -50,22 +49,25 @@ class Lease(ABC):
         """
         check_token(self._place, self.token)
 
-    @abstractmethod
     def __enter__(self) -> Self:
+        self.take()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.give_back()
+
+    @abstractmethod
+    def take(self) -> None:
         """Take the lease.
 
         Raises:
             StoreBusyError: If another process has it.
+            OSError: If the place cannot be read or written.
         """
 
     @abstractmethod
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Give it back."""
+    def give_back(self) -> None:
+        """Let others have it."""
 
     def _entry(self, **values: str | float) -> bytes:
         entry = {"token": self.token, "host": platform.node(), "pid": os.getpid(), **values}
@@ -79,20 +81,14 @@ class FileLease(Lease):
         super().__init__(place)
         self._lock = FileLock(place.path / "runs" / "lease")
 
-    def __enter__(self) -> Self:
+    def take(self) -> None:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise _busy(self._place, _driver(self._place)) from error
         self._place.write(DRIVER_KEY, self._entry())
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def give_back(self) -> None:
         self._lock.release()
 
 
@@ -126,29 +122,25 @@ class ObjectLease(Lease):
         self._renewed_at = 0.0
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Self:
+    def take(self) -> None:
         tag, entry = self._look()
         if tag is not None and entry.get("token") is not None:
             tag = self._wait_until_stale(tag, entry)
         if not self._put(tag):
             raise _busy(self._place, self._look()[1])
-        self._renewed_at = self._clock()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def give_back(self) -> None:
         self._is_released.set()
         if self._thread is not None:
             self._thread.join()
         if not self._is_lost.is_set():
             self.token = ""
-            self._put(self._tag)
+            try:
+                self._put(self._tag)
+            except StoreWriteError as error:
+                log.warning("the lease could not be given back, and ends by itself: %s", error)
 
     def check(self) -> None:
         if self._is_lost.is_set() or self._clock() - self._renewed_at > self._stale / 2:
@@ -162,10 +154,11 @@ class ObjectLease(Lease):
         import obstore
 
         try:
-            result = obstore.get(self._objects, DRIVER_KEY)
+            with reading(self._url):
+                result = obstore.get(self._objects, DRIVER_KEY)
+                return result.meta["e_tag"], _parse(bytes(result.bytes()))
         except FileNotFoundError:
             return None, {}
-        return result.meta["e_tag"], _parse(bytes(result.bytes()))
 
     def _put(self, tag: str | None) -> bool:
         """Write the lease if it is as it was seen; return whether it was."""
@@ -174,11 +167,18 @@ class ObjectLease(Lease):
 
         # The number makes every renewal another object, with another tag.
         data = self._entry(renewal=uuid.uuid4().hex) if self.token else b'{"token": null}'
+        mode: Any = "create" if tag is None else {"e_tag": tag}
+        began = self._clock()  # others may see this renewal long before the answer is here
         try:
-            mode: Any = "create" if tag is None else {"e_tag": tag}
-            self._tag = obstore.put(self._objects, DRIVER_KEY, data, mode=mode)["e_tag"]
-        except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+            with writing(self._url):
+                self._tag = obstore.put(self._objects, DRIVER_KEY, data, mode=mode)["e_tag"]
+        except StoreWriteError as error:
+            if isinstance(error.__cause__, AlreadyExistsError | PreconditionError):
+                return False
+            raise
+        except FileNotFoundError:
             return False
+        self._renewed_at = began
         return True
 
     def _wait_until_stale(self, tag: str, entry: dict[str, Any]) -> str | None:
@@ -203,8 +203,7 @@ class ObjectLease(Lease):
                 if not self._put(self._tag):
                     self._is_lost.set()
                     return
-                self._renewed_at = self._clock()
-            except Exception as error:  # the network may be back at the next beat
+            except StoreWriteError as error:  # the network may be back at the next beat
                 log.warning("the lease of %s could not be renewed: %s", self._url, error)
 
 
@@ -222,6 +221,7 @@ def check_token(place: Place, token: str) -> None:
 
     Raises:
         StoreBusyError: If another driver has taken over.
+        OSError: If the place cannot be read.
     """
     if _driver(place).get("token") != token:
         raise StoreBusyError(f"another process has taken over {place.url}")
@@ -242,6 +242,6 @@ def _parse(data: bytes) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def _busy(place: Place, entry: dict[str, Any]) -> TargetStoreError:
+def _busy(place: Place, entry: dict[str, Any]) -> StoreBusyError:
     who = f"process {entry.get('pid')} on {entry.get('host')}" if entry else "another process"
     return StoreBusyError(f"{place.url} is being written by {who}; wait for it or stop it")

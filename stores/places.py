@@ -48,7 +48,7 @@ class Place(ABC):
 
     @abstractmethod
     def is_there(self) -> bool:
-        """Return whether there is anything at all."""
+        """Return whether there is anything but what :meth:`create` may have begun."""
 
     @abstractmethod
     def read(self, key: str) -> bytes:
@@ -87,10 +87,10 @@ class Place(ABC):
 
     @abstractmethod
     def create(self, objects: Mapping[str, bytes]) -> None:
-        """Write the objects of an empty store, its root last, unless a store is there already.
+        """Write the objects of an empty store, its root last.
 
         Raises:
-            NotATargetStoreError: If something else is there.
+            NotATargetStoreError: If something is there.
             StoreWriteError: If they cannot be written.
         """
 
@@ -153,7 +153,7 @@ class LocalPlace(Place):
                     file.flush()
                     os.fsync(file.fileno())
                 building.rename(path)
-            except BaseException:
+            except BaseException:  # also when interrupted: no half a file stays
                 with suppress(OSError):
                     building.unlink()
                 raise
@@ -161,16 +161,16 @@ class LocalPlace(Place):
 
     def create(self, objects: Mapping[str, bytes]) -> None:
         if self.is_there():
-            raise NotATargetStoreError(f"{self.url} is there already and is no target store")
+            raise NotATargetStoreError(f"{self.url} is there already")
         # Made beside its place and then renamed, so that a store is there whole or not at all.
         building = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}{PARTIAL}")
         with writing(self.url):
-            for key, data in objects.items():
-                LocalPlace(building).write(key, data)
             try:
+                for key, data in objects.items():
+                    LocalPlace(building).write(key, data)
                 building.rename(self.path)
             except OSError:
-                shutil.rmtree(building)
+                shutil.rmtree(building, ignore_errors=True)
                 if not self.is_there():
                     raise  # else another process was faster
 
@@ -195,6 +195,8 @@ class LocalPlace(Place):
         return []
 
     def remove_leftovers(self) -> None:
+        for building in self.path.parent.glob(f".{self.path.name}.*{PARTIAL}"):
+            shutil.rmtree(building, ignore_errors=True)  # the store is there: nobody needs it
         for leftover in self.path.rglob(f"*{PARTIAL}"):
             leftover.unlink(missing_ok=True)
 
@@ -217,7 +219,7 @@ class ObjectPlace(Place):
         self.url = url
         self._obstore = obstore
         self._process = os.getpid()
-        with _reading(url):
+        with reading(url):
             self._store: Any = from_url(url, retry_config=RETRIES)
 
     @property
@@ -246,21 +248,22 @@ class ObjectPlace(Place):
         return ObjectStore(self.objects, read_only=read_only)
 
     def is_there(self) -> bool:
-        return any(True for _ in self.walk())
+        begun = (key for key, _ in self.walk())
+        return any(key == "zarr.json" or not key.endswith("/zarr.json") for key in begun)
 
     def read(self, key: str) -> bytes:
-        with _reading(f"{self.url}/{key}"):
+        with reading(f"{self.url}/{key}"):
             return bytes(self._obstore.get(self.objects, key).bytes())
 
     def read_end(self, key: str, length: int) -> tuple[bytes, int]:
-        with _reading(f"{self.url}/{key}"):
+        with reading(f"{self.url}/{key}"):
             result = self._obstore.get(self.objects, key, options={"range": {"suffix": length}})
             return bytes(result.bytes()), int(result.meta["size"])
 
     def read_ranges(self, key: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         starts = [offset for offset, _ in ranges]
         lengths = [length for _, length in ranges]
-        with _reading(f"{self.url}/{key}"):
+        with reading(f"{self.url}/{key}"):
             parts = self._obstore.get_ranges(self.objects, key, starts=starts, lengths=lengths)
             return [bytes(part) for part in parts]
 
@@ -269,9 +272,11 @@ class ObjectPlace(Place):
             self._obstore.put(self.objects, key, data)
 
     def create(self, objects: Mapping[str, bytes]) -> None:
-        # Never over what is there: another process may have made the store and grown it since.
         from obstore.exceptions import AlreadyExistsError
 
+        if self.is_there():
+            raise NotATargetStoreError(f"{self.url} is there already")
+        # Never over what is there: another process may have made the store and grown it since.
         with writing(self.url):
             for key, data in objects.items():
                 with suppress(AlreadyExistsError):
@@ -282,13 +287,13 @@ class ObjectPlace(Place):
             self._obstore.delete(self.objects, key)
 
     def walk(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        with _reading(f"{self.url}/{prefix}"):
+        with reading(f"{self.url}/{prefix}"):
             for batch in self._obstore.list(self.objects, prefix=prefix or None):
                 for entry in batch:
                     yield str(entry["path"]), int(entry["size"])
 
     def folders(self, prefix: str) -> list[str]:
-        with _reading(f"{self.url}/{prefix}"):
+        with reading(f"{self.url}/{prefix}"):
             found = self._obstore.list_with_delimiter(self.objects, prefix=prefix)
         return [str(path).rpartition("/")[2] for path in found["common_prefixes"]]
 
@@ -313,7 +318,7 @@ def open_place(where: str | Path) -> Place:
 
 
 @contextmanager
-def _reading(where: str) -> Iterator[None]:
+def reading(where: str) -> Iterator[None]:
     """Raise obstore's errors as OSErrors that say where."""
     from obstore.exceptions import BaseError
 
@@ -338,8 +343,8 @@ def writing(where: str) -> Iterator[None]:
                 f"no space is left to write {where}; make room and run the same command again"
             ) from error
         raise StoreWriteError(f"cannot write {where}: {error.strerror or error}") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "obstore":  # which need not be installed
+    except Exception as error:  # obstore's are sorted out by name: it need not be installed
+        if type(error).__module__.partition(".")[0] != "obstore":
             raise
         raise StoreWriteError(f"cannot write {where}: {_first_line(error)}") from error
 

@@ -17,13 +17,12 @@ import pytest
 from stores.errors import NotATargetStoreError, StoreBusyError, TargetStoreError
 from stores.lease import ObjectLease
 from stores.places import ObjectPlace, open_place
-from stores.targets import TargetStore
+from stores.targets import TargetStore, empty_store
 from stores.upkeep import merge, sweep
 from stores.verify import verify_store
 from tests.stores.test_targets import planes, record, request
 from tests.stores.test_upkeep import make
 
-pytest.importorskip("moto.server")
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -151,10 +150,38 @@ def test_what_is_not_there_is_named(url: str) -> None:
         TargetStore.open("ftp://somewhere/targets.zarr")
 
 
-def test_making_a_store_again_leaves_it_as_it_is(url: str) -> None:
+def test_making_a_store_again_leaves_it_as_it_is(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = TargetStore.create(url)
     store.add_videos([record("a", 40)])
+    with pytest.raises(NotATargetStoreError, match="is there already"):
+        TargetStore.create(url)
+    assert [video.id for video in TargetStore.open_or_create(url).videos] == ["a"]
+    # Two look at once, and the slower one writes when the faster one has added videos already.
+    monkeypatch.setattr(ObjectPlace, "is_there", lambda place: False)
     assert [video.id for video in TargetStore.create(url).videos] == ["a"]
+
+
+def test_store_whose_making_was_cut_off_is_made_by_the_next(url: str) -> None:
+    place = open_place(url)
+    for key, data in list(empty_store().items())[:7]:
+        place.write(key, data)
+    with pytest.raises(NotATargetStoreError, match="does not exist"):
+        TargetStore.open(url)
+    TargetStore.open_or_create(url).add_videos([record("a", 40)])
+    assert verify_store(url).problems == []
+
+
+def test_other_objects_are_not_mixed_with_a_store(url: str) -> None:
+    open_place(url).write("letter.txt", b"dear reader")
+    with pytest.raises(NotATargetStoreError, match="is not a target store"):
+        TargetStore.open_or_create(url)
+
+
+def test_lease_of_a_server_that_is_away_says_so(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("stores.places.RETRIES", {"max_retries": 0})
+    with pytest.raises(OSError, match="cannot read s3://"), lease(url):
+        pass
 
 
 def test_one_driver_at_a_time(url: str) -> None:
