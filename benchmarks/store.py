@@ -104,11 +104,11 @@ def _compare_codecs(maps: Maps, rounds: int, *, is_logit: bool) -> None:
             kl[codec.name] = _kl(maps, np.concatenate(kept), is_logit=is_logit)
     # What HD2S's form stands for: four maps and their fusion, float32, at the input size.
     full = (maps.shape[1] + 1) * (2 * maps.shape[2]) * (2 * maps.shape[3]) * 4
-    print(f"{'codec':<44}{'KiB/frame':>10}{'1/full':>8}{'KL':>10}{'write f/s':>11}{'read f/s':>10}")
+    print(f"{'codec':<46}{'KiB/frame':>10}{'1/full':>8}{'KL':>10}{'write f/s':>11}{'read f/s':>10}")
     for codec in codecs:
         size = sum(map(len, packed[codec.name])) / len(maps)
         print(
-            f"{codec.name:<44}{size / 1024:>10.2f}{full / size:>8.1f}{kl[codec.name]:>10.1e}"
+            f"{codec.name:<46}{size / 1024:>10.2f}{full / size:>8.1f}{kl[codec.name]:>10.1e}"
             f"{len(maps) / statistics.median(writing[codec.name]):>11.0f}"
             f"{len(maps) / statistics.median(reading[codec.name]):>10.0f}"
         )
@@ -126,7 +126,7 @@ def _compare_reading(maps: Maps, rounds: int, spans: int) -> None:
         form = labels.formats[name]
         chunk = form.packing.pack(maps[: form.chunk_frames])
         out = np.empty((form.chunk_frames, *maps.shape[1:]), np.float32)
-        print(f"{'random spans per second':<44}{'16 frames':>10}{'1 frame':>10}")
+        print(f"{'random spans per second':<46}{'16 frames':>10}{'1 frame':>10}")
         rates: dict[str, dict[int, list[float]]] = {}
         for _ in range(rounds):
             for length in (SPAN, 1):
@@ -156,7 +156,7 @@ def _compare_reading(maps: Maps, rounds: int, spans: int) -> None:
                     rates.setdefault(way, {}).setdefault(length, []).append(rate)
         for way, rate_of in rates.items():
             medians = [statistics.median(rate_of[length]) for length in (SPAN, 1)]
-            print(f"{way:<44}{medians[0]:>10.0f}{medians[1]:>10.0f}")
+            print(f"{way:<46}{medians[0]:>10.0f}{medians[1]:>10.0f}")
 
 
 def _codecs(shape: tuple[int, ...]) -> list[Codec]:

@@ -173,9 +173,12 @@ class ObjectLease(Lease):
             with writing(self._url):
                 self._tag = obstore.put(self._objects, DRIVER_KEY, data, mode=mode)["e_tag"]
         except StoreWriteError as error:
-            if isinstance(error.__cause__, AlreadyExistsError | PreconditionError):
+            if not isinstance(error.__cause__, AlreadyExistsError | PreconditionError):
+                raise
+            # A request that is sent again, as its answer was lost, finds what it wrote itself.
+            self._tag, found = self._look()
+            if found != _parse(data):
                 return False
-            raise
         except FileNotFoundError:
             return False
         self._renewed_at = began

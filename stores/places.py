@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -95,8 +95,12 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def delete(self, key: str) -> None:
-        """Delete an object; it need not be there."""
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects, in any order; they need not be there.
+
+        Raises:
+            StoreWriteError: If one cannot be deleted.
+        """
 
     @abstractmethod
     def walk(self, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -174,12 +178,13 @@ class LocalPlace(Place):
                 if not self.is_there():
                     raise  # else another process was faster
 
-    def delete(self, key: str) -> None:
-        path = self.path / key
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # until a folder is not empty
-            for folder in path.relative_to(self.path).parents[:-1]:
-                (self.path / folder).rmdir()
+    def delete(self, keys: Sequence[str]) -> None:
+        for path in (self.path / key for key in keys):
+            with writing(str(path)):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # until a folder is not empty
+                for folder in path.relative_to(self.path).parents[:-1]:
+                    (self.path / folder).rmdir()
 
     def walk(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         for where, _, names in os.walk(self.path / prefix):
@@ -282,9 +287,9 @@ class ObjectPlace(Place):
                 with suppress(AlreadyExistsError):
                     self._obstore.put(self.objects, key, data, mode="create")
 
-    def delete(self, key: str) -> None:
-        with writing(f"{self.url}/{key}"), suppress(FileNotFoundError):
-            self._obstore.delete(self.objects, key)
+    def delete(self, keys: Sequence[str]) -> None:
+        with writing(self.url), suppress(FileNotFoundError):
+            self._obstore.delete(self.objects, list(keys))
 
     def walk(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         with reading(f"{self.url}/{prefix}"):

@@ -88,6 +88,7 @@ class LabelRequest:
 
     def __post_init__(self) -> None:
         _check_shard_frames(self.shard_frames)
+        _ = self.arrays  # grid steps and maps that cannot be packed are refused before any work
 
     @property
     def identity(self) -> dict[str, Any]:

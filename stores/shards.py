@@ -191,12 +191,17 @@ class ShardSet(ABC):
             return None
         return Receipt(shard, tuple(digest.tobytes() for digest in self._committed[shard]))
 
-    def coverage(self, video: VideoRow) -> list[range]:
-        """Return the spans of a video's frames that are there, in order and as long as can be."""
+    def coverage(self, video: str) -> list[range]:
+        """Return the spans of a video's frames that are there, in order and as long as can be.
+
+        Raises:
+            VideoNotFoundError: If the store does not know the video.
+        """
+        row = self.store.video(video)
         spans: list[range] = []
-        for shard in self.shards(video):
+        for shard in self.shards(row):
             if self.is_committed(shard):
-                span = self.frames_of(shard, video)
+                span = self.frames_of(shard, row)
                 if spans and spans[-1].stop == span.start:
                     span = range(spans.pop().start, span.stop)
                 spans.append(span)

@@ -122,7 +122,7 @@ def summarise_videos(store: TargetStore) -> list[VideoSummary]:
             fps=video.fps,
             content_hash=video.content_hash.hex(),
             spans={
-                item.name: [[span.start, span.stop] for span in item.coverage(video)]
+                item.name: [[span.start, span.stop] for span in item.coverage(video.id)]
                 for item in sets
             },
         )
@@ -153,7 +153,7 @@ def _summarise_set(
 ) -> SetSummary:
     kind, name = item.key.split("/")
     unique = {video.first: video for video in store.videos}.values()
-    frames = sum(len(span) for video in unique for span in item.coverage(video))
+    frames = sum(len(span) for video in unique for span in item.coverage(video.id))
     total = sum(video.frames for video in unique)
     values = {n: form.packing.dtype.itemsize for n, form in item.formats.items()}
     for array, form in item.formats.items():

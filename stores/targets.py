@@ -154,7 +154,8 @@ class TargetStore:
         """Read the table of videos again."""
         # In this order: rows that are whole in "first" are whole in what is opened after it.
         first = np.asarray(array_in(group_in(self._group, "videos"), "first")[:])
-        rows = int((first >= 0).sum())
+        # Up to the first that is not whole: chunks of a long column are not written in order.
+        rows = int(np.argmin(np.append(first >= 0, False)))
         table = self._video_table
         columns = {name: np.asarray(table[name][:rows]) for name in schema.VIDEO_COLUMNS}
         self._num_rows = rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import Final
 
@@ -13,6 +14,9 @@ from stores.shards import Committer, FrameSet, LabelSet, Receipt, ShardSet
 from stores.targets import TargetStore
 from stores.videos import VideoRecord
 
+DELETED_AT_ONCE: Final = 100
+COPIED_AT_ONCE: Final = 16
+"""Shards in flight: an object store is slow to answer, and a disk slow to flush."""
 RECORD_FIELDS: Final = [field.name for field in fields(VideoRecord)]
 
 
@@ -45,22 +49,17 @@ def sweep(store: TargetStore) -> int:
     """
     deleted = 0
     for key in store.dropped_sets:
-        objects = [name for name, _ in store.place.walk(key)]
         root = f"{key}/zarr.json"
-        for name in sorted(objects, key=lambda name: (name == root, name)):
-            store.check_driver()
-            store.place.delete(name)
-            deleted += 1
+        deleted += _delete(store, [name for name, _ in store.place.walk(key) if name != root])
+        deleted += _delete(store, [root])
     for shard_set in (*store.label_sets, *store.frame_sets):
         dead = _dead_shards(store, shard_set)
         if not dead:
             continue
         shard_set.clear(dead)
         for array in shard_set.array_names:
-            for name, _ in list(store.place.walk(f"{shard_set.key}/{array}")):
-                if shard_of(name) in dead:
-                    store.place.delete(name)
-                    deleted += 1
+            there = store.place.walk(f"{shard_set.key}/{array}")
+            deleted += _delete(store, [name for name, _ in there if shard_of(name) in dead])
     return deleted
 
 
@@ -94,6 +93,17 @@ def shard_of(key: str) -> int | None:
     kind, _, rest = name.partition(".")
     number = rest.partition(".")[0]
     return int(number) if kind == "c" and number.isdecimal() else None
+
+
+def _delete(store: TargetStore, keys: list[str]) -> int:
+    """Delete objects as the store's driver; return how many."""
+    with Progress(len(keys), unit="objects", label="deleting") as progress:
+        for begin in range(0, len(keys), DELETED_AT_ONCE):
+            batch = keys[begin : begin + DELETED_AT_ONCE]
+            store.check_driver()
+            store.place.delete(batch)
+            progress.advance(len(batch))
+    return len(keys)
 
 
 def _dead_shards(store: TargetStore, shard_set: ShardSet) -> set[int]:
@@ -140,27 +150,44 @@ def _copy_shards(own: LabelSet | FrameSet, other: ShardSet, report: MergeReport)
         elif receipt is not None:
             wanted.append((receipt, ours))
     committer = Committer(own)
-    with Progress(len(wanted), unit="shards", label=f"copying {own.name}") as progress:
+    label = f"copying {own.name}"
+    with (
+        Progress(len(wanted), unit="shards", label=label) as progress,
+        ThreadPoolExecutor(COPIED_AT_ONCE) as pool,
+    ):
         try:
-            for receipt, shard in wanted:
-                objects = {}
-                for name, expected in zip(other.array_names, receipt.digests, strict=True):
-                    key = other.shard_key(name, receipt.shard)
-                    try:
-                        objects[name] = other.store.place.read(key)
-                    except OSError:
-                        report.damaged.append(key)
-                        continue
-                    if hashlib.sha256(objects[name]).digest() != expected:
-                        report.damaged.append(key)
-                        del objects[name]
-                if len(objects) == len(own.array_names):
-                    for name, data in objects.items():
-                        own.store.place.write(own.shard_key(name, shard), data)
-                        report.bytes += len(data)
-                    committer.add(Receipt(shard, receipt.digests))
-                    report.shards += 1
+            for begin in range(0, len(wanted), COPIED_AT_ONCE):
+                batch = wanted[begin : begin + COPIED_AT_ONCE]
+                own.store.check_driver()
+                copies = pool.map(lambda item: _copy_shard(own, other, *item), batch)
+                for (receipt, shard), (size, damaged) in zip(batch, copies, strict=True):
+                    if damaged:
+                        report.damaged += damaged
+                    else:
+                        committer.add(Receipt(shard, receipt.digests))
+                        report.shards += 1
+                        report.bytes += size
+                    progress.advance()
                 committer.commit_if_due()
-                progress.advance()
         finally:  # also when interrupted: what was copied is kept
             committer.commit()
+
+
+def _copy_shard(
+    own: ShardSet, other: ShardSet, receipt: Receipt, shard: int
+) -> tuple[int, list[str]]:
+    """Copy a shard's objects if all are what the receipt says; return bytes, or damaged keys."""
+    objects, damaged = {}, []
+    for name, expected in zip(other.array_names, receipt.digests, strict=True):
+        key = other.shard_key(name, receipt.shard)
+        try:
+            objects[name] = other.store.place.read(key)
+            is_whole = hashlib.sha256(objects[name]).digest() == expected
+        except OSError:
+            is_whole = False
+        if not is_whole:
+            damaged.append(key)
+    if not damaged:
+        for name, data in objects.items():
+            own.store.place.write(own.shard_key(name, shard), data)
+    return sum(map(len, objects.values())), damaged

@@ -290,7 +290,7 @@ def _empty_damaged_receipts(store: TargetStore, key: str, report: VerifyReport) 
             report.add(f"{key}/receipts", f"those of shards {start}-{stop} are damaged: {error}")
             chunk = receipts.metadata.encode_chunk_key((start // schema.RECEIPT_CHUNK, 0, 0))
             store.check_driver()
-            store.place.delete(f"{key}/receipts/{chunk}")
+            store.place.delete([f"{key}/receipts/{chunk}"])
             report.repaired += stop - start
 
 

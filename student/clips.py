@@ -69,7 +69,7 @@ def split_clips(labels: LabelSet, *, holdout: float) -> ClipSplit:
     validation: dict[str, list[range]] = {}
     for video in labels.store.videos:
         cut = video.frames - round(video.frames * holdout)
-        for span in labels.coverage(video):
+        for span in labels.coverage(video.id):
             early = range(max(span.start, first_last), min(span.stop, cut))
             late = range(max(span.start, first_last, cut + CLIP_FRAMES - 1), span.stop)
             for spans, clips in ((training, early), (validation, late)):

@@ -73,10 +73,10 @@ def test_growing_by_budget_equals_the_larger_budget_at_once(
     label_videos([video_folder], once, replace(with_frames, budget=Budget(3, seed=5)))
     one, two = TargetStore.open(grown), TargetStore.open(once)
     for video in one.videos:
-        spans = one.label_set().coverage(video)
-        assert spans == two.label_set().coverage(video)
-        frames = one.frame_sets[0].coverage(video)
-        assert frames == two.frame_sets[0].coverage(video)
+        spans = one.label_set().coverage(video.id)
+        assert spans == two.label_set().coverage(video.id)
+        frames = one.frame_sets[0].coverage(video.id)
+        assert frames == two.frame_sets[0].coverage(video.id)
         for span in spans:  # a clip that ends in a labelled frame has all its frames
             assert any(f.start <= max(0, span.start - 15) and span.stop <= f.stop for f in frames)
             for name, values in one.label_set().read(video.id, span.start, span.stop).items():
@@ -97,7 +97,7 @@ def test_changed_video_is_labelled_anew_on_request(tmp_path: Path, make_video: M
     report = label_videos([video], path, replace(SETTINGS, replace_changed=True))
     assert (report.videos, report.frames, report.failures) == (1, 30, [])
     store = TargetStore.open(path)
-    assert store.label_set().coverage(store.video("a")) == [range(30)]
+    assert store.label_set().coverage("a") == [range(30)]
     assert run("store", "drop", path, "--replaced", "--yes")[0] == 0
     assert verify_store(path).problems == []
 

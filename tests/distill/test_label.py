@@ -133,4 +133,4 @@ def test_maps_that_are_no_numbers_are_refused(tmp_path: Path, record: VideoRecor
     labels = label_set(tmp_path / "a.zarr", record)
     with pytest.raises(TargetValueError, match="frame 0 of 'long'"):
         run(labels, NotANumber(), (0,))
-    assert labels.coverage(labels.store.videos[0]) == []
+    assert labels.coverage(labels.store.videos[0].id) == []

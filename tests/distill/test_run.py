@@ -150,7 +150,7 @@ def test_interrupted_run_keeps_what_is_done(tmp_path: Path, sample_folder: Path)
     assert errors.strip().splitlines()[-1].startswith("interrupted; run the same command again")
     assert "Traceback" not in errors
     store = TargetStore.open(path)
-    (span,) = store.label_set().coverage(store.videos[0])
+    (span,) = store.label_set().coverage(store.videos[0].id)
     assert span.start == 0
     assert span.stop >= 32
 
@@ -166,7 +166,7 @@ def test_broken_video_among_good_ones_is_skipped(
     assert {failure.video for failure in report.failures} == {"bad", "empty"}
     store = TargetStore.open(tmp_path / "targets.zarr")
     assert [video.id for video in store.videos] == ["good"]
-    assert store.label_set().coverage(store.videos[0]) == [range(20)]
+    assert store.label_set().coverage(store.videos[0].id) == [range(20)]
     (file,) = Path(store.url, "runs", "log").iterdir()
     log = file.read_text().splitlines()
     assert sum(json.loads(line)["event"] == "failure" for line in log) == 2

@@ -165,7 +165,7 @@ def read_some(path: str, seed: int, stop: Event, counts: Queue[int]) -> None:
         labels.store.refresh()
         labels.refresh()
         for video in labels.store.videos:
-            for span in labels.coverage(video):
+            for span in labels.coverage(video.id):
                 start = choose.randrange(span.start, span.stop)
                 end = choose.randrange(start, span.stop) + 1
                 read = labels.read(video.id, start, end)

@@ -80,8 +80,8 @@ def test_damaged_shard_is_named_and_only_its_receipt_is_taken_back(
     store = TargetStore.open(path)
     if pattern == SHARD:
         labels = store.label_set()
-        assert labels.coverage(store.video("a")) == [range(16), range(32, 40)]
-        assert labels.coverage(store.video("b")) == [range(16)]
+        assert labels.coverage("a") == [range(16), range(32, 40)]
+        assert labels.coverage("b") == [range(16)]
         with pytest.raises(VideoNotLabelledError):
             labels.read("a", 16, 20)
 
