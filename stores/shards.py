@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 COMMIT_SECONDS: Final = 2.0
 COMMIT_SHARDS: Final = 256
+RECEIPTS_AT_ONCE: Final = 64 * schema.RECEIPT_CHUNK
 CACHED_INDICES: Final = 65536
 """Indices of shards that a label set keeps: some 10 MB where shards are of 16 frames."""
 
@@ -115,18 +116,13 @@ class ShardSet(ABC):
         Raises:
             TargetStoreError: If they are damaged.
         """
-        try:
-            # Opened again: it may have grown.
-            self._receipts = array_in(self.group, "receipts")
-            self._committed = np.asarray(self._receipts[:])
-        except TargetStoreError:
-            raise
-        except Exception as error:  # damaged chunks make a codec fail in any way
-            raise TargetStoreError(
-                f"the receipts of {self.name} in {self.store.url} are damaged ({error}); find out "
-                f"more with: tinyhd store verify {self.store.url}"
-            ) from error
-        self._has_receipt: npt.NDArray[np.bool_] = np.any(self._committed, axis=(1, 2))
+        self._receipts = array_in(self.group, "receipts")  # opened again: it may have grown
+        # Only whether a receipt is there is kept: those of a large collection are half a gigabyte.
+        self._has_receipt: npt.NDArray[np.bool_] = np.zeros(self._receipts.shape[0], np.bool_)
+        for start in range(0, len(self._has_receipt), RECEIPTS_AT_ONCE):
+            rows = slice(start, start + RECEIPTS_AT_ONCE)
+            self._has_receipt[rows] = self._read_receipts(rows).any(axis=(1, 2))
+        self._chunk: tuple[int, npt.NDArray[np.uint8]] | None = None
         self._indices.clear()
 
     def shards(self, video: VideoRow) -> range:
@@ -189,7 +185,11 @@ class ShardSet(ABC):
         """Return the receipt of a shard, or nothing if it is not committed."""
         if not self.is_committed(shard):
             return None
-        return Receipt(shard, tuple(digest.tobytes() for digest in self._committed[shard]))
+        chunk, row = divmod(shard, schema.RECEIPT_CHUNK)
+        known = self._chunk  # taken once: other threads may exchange it
+        if known is None or known[0] != chunk:
+            known = self._chunk = (chunk, self._read_receipts(_chunk_rows(chunk)))
+        return Receipt(shard, tuple(digest.tobytes() for digest in known[1][row]))
 
     def coverage(self, video: str) -> list[range]:
         """Return the spans of a video's frames that are there, in order and as long as can be.
@@ -256,16 +256,31 @@ class ShardSet(ABC):
 
     def _write_receipts(self, digests: Mapping[int, bytes]) -> None:
         self.store.check_driver()
-        for shard, values in digests.items():
-            row = np.frombuffer(values, np.uint8).reshape(self._committed.shape[1:])
-            self._committed[shard] = row
-            self._has_receipt[shard] = row.any()
+        self._chunk = None
+        by_chunk: dict[int, list[int]] = {}
+        for shard in sorted(digests):
+            by_chunk.setdefault(shard // schema.RECEIPT_CHUNK, []).append(shard)
+        for chunk, shards in by_chunk.items():
+            rows = _chunk_rows(chunk)
+            receipts = self._read_receipts(rows)
+            for shard in shards:
+                row = receipts[shard - rows.start]
+                row[...] = np.frombuffer(digests[shard], np.uint8).reshape(row.shape)
+            with writing(self.store.url):
+                self._receipts[rows] = receipts
+            self._has_receipt[rows] = receipts.any(axis=(1, 2))
+        for shard in digests:
             for name in self.array_names:
                 self._indices.pop((name, shard), None)
-        for chunk in sorted({shard // schema.RECEIPT_CHUNK for shard in digests}):
-            rows = slice(chunk * schema.RECEIPT_CHUNK, (chunk + 1) * schema.RECEIPT_CHUNK)
-            with writing(self.store.url):
-                self._receipts[rows] = self._committed[rows]
+
+    def _read_receipts(self, rows: slice) -> npt.NDArray[np.uint8]:
+        try:
+            return np.array(self._receipts[rows])
+        except Exception as error:  # damaged chunks make a codec fail in any way
+            raise TargetStoreError(
+                f"the receipts of {self.name} in {self.store.url} are damaged ({error}); find out "
+                f"more with: tinyhd store verify {self.store.url}"
+            ) from error
 
     def read_arrays(self, video: VideoRow, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
         """Return the values of frames ``start`` to ``stop`` (exclusive), keyed by array.
@@ -475,6 +490,11 @@ class FrameSet(ShardSet):
             decoder=self.attributes["decoder"],
             shard_frames=self.shard_frames,
         )
+
+
+def _chunk_rows(chunk: int) -> slice:
+    """Return the shards whose receipts are in a chunk of the array ``receipts``."""
+    return slice(chunk * schema.RECEIPT_CHUNK, (chunk + 1) * schema.RECEIPT_CHUNK)
 
 
 def array_in(group: zarr.Group, name: str) -> zarr.Array[Any]:
