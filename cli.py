@@ -76,6 +76,8 @@ class Commands(click.Group):
         except Exception as error:  # sorted below: the user's are shown, ours raised again
             from stores.errors import TinyHDError
 
+            if isinstance(error, MemoryError):
+                error = TinyHDError(f"there is not enough memory: {error}")
             if not isinstance(error, TinyHDError | ValueError | OSError):
                 raise  # our mistake, not the user's
             logging.getLogger(__name__).debug("where it happened:", exc_info=True)
@@ -118,7 +120,7 @@ def cli(*, verbose: bool) -> None:
     type=click.IntRange(min=1),
     help="Label only so many blocks of 16 frames of each video; more later adds to them.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Which blocks.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Which blocks.")
 @click.option(
     "--grid-step",
     type=click.Choice(["1/32", "1/16", "1/8", "1/4"]),
@@ -490,6 +492,8 @@ def verify_command(
         click.echo(compared)
         if not compared.is_within_bounds:
             sys.exit(1)
+    elif relabel is not None:
+        click.echo("no shard was labelled anew, as the store has problems")
     if not report.is_clean:
         sys.exit(1)
 
@@ -540,6 +544,8 @@ def drop_command(
 ) -> None:
     """Delete label sets, frame sets or videos from STORE; without any, finish what was begun.
 
+    What is not there any more is passed over, so that a stopped command can be repeated.
+
     \b
     Example:
         python cli.py store drop targets.zarr --video holiday
@@ -548,19 +554,27 @@ def drop_command(
     from stores.upkeep import sweep
 
     target = TargetStore.open(store, mode="r+")
-    sets = [target.label_set(name) for name in labels]
-    sets_of_frames = [target.frame_set(name) for name in frames]
+    keys = []
+    for folder, name in [*(("labels", n) for n in labels), *(("frames", n) for n in frames)]:
+        found = target.find_sets(folder, name)
+        if len(found) > 1:
+            raise click.UsageError(f"{name!r} is the beginning of several: {', '.join(found)}")
+        if not found:
+            click.echo(f"{store} holds no {folder}/{name}")
+        keys += found
+    there = [name for name in video if target.find_video(name) is not None]
     for name in video:
-        target.video(name)
-    names = [*(item.name for item in (*sets, *sets_of_frames)), *video]
+        if name not in there:
+            click.echo(f"{store} holds no video {name!r}")
+    names = [*keys, *there]
     if replaced:
         names.append("replaced videos")
     if names and not yes:
         click.confirm(f"delete {', '.join(names)} from {store}?", abort=True)
     with target.writer():
-        for item in (*sets, *sets_of_frames):
-            target.drop_set(item)
-        target.drop_videos(video)
+        for key in keys:
+            target.drop_set(key)
+        target.drop_videos(there)
         if replaced:
             rows = [n for n, row in enumerate(target.rows) if row.superseded_by >= 0]
             target.drop_rows(rows)

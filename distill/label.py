@@ -15,7 +15,9 @@ from distill.plan import Task
 from stores.ahead import read_ahead
 from stores.errors import VideoError
 from stores.frames import resize_frames
-from stores.shards import FrameSet, LabelSet, Receipt, ShardSet, VideoRow
+from stores.receipts import Receipt
+from stores.shards import FrameSet, LabelSet, ShardSet
+from stores.table import VideoRow
 from stores.videos import Frame, Reader, decode_video, hash_file
 from teachers.base import Teacher
 

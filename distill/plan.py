@@ -8,7 +8,8 @@ from typing import Final
 
 from stores.errors import VideoError
 from stores.progress import Progress
-from stores.shards import FrameSet, LabelSet, ShardSet, VideoRow
+from stores.shards import FrameSet, LabelSet, ShardSet
+from stores.table import VideoRow
 from stores.targets import TargetStore
 from stores.videos import Reader, VideoFile, VideoRecord, hash_file, probe_video
 
@@ -120,8 +121,8 @@ def plan_tasks(
             shown = [s for s in shown if not clips.isdisjoint(frames.frames_of(s, video))]
         tasks[video.first] = Task(
             video,
-            tuple(shard for shard in wanted if not labels.is_committed(shard)),
-            tuple(s for s in shown if frames is not None and not frames.is_committed(s)),
+            tuple(shard for shard in wanted if shard not in labels.receipts),
+            tuple(s for s in shown if frames is not None and s not in frames.receipts),
         )
     missing = [task for task in tasks.values() if not task.is_empty]
     # The longest first, so that none is left over when the others are done; then as in the store.

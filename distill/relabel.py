@@ -15,7 +15,8 @@ from distill.label import READ_AHEAD_FRAMES, LabelFiller
 from stores.ahead import read_ahead
 from stores.errors import TargetStoreError, VideoChangedError, VideoNotLabelledError
 from stores.progress import Progress
-from stores.shards import LabelSet, VideoRow
+from stores.shards import LabelSet
+from stores.table import VideoRow
 from stores.targets import TargetStore
 from stores.videos import decode_video, hash_file
 from teachers.base import Teacher
@@ -80,7 +81,7 @@ def relabel_shards(
         (video, shard)
         for video in {row.first: row for row in store.videos}.values()
         for shard in label_set.shards(video)
-        if label_set.is_committed(shard)
+        if shard in label_set.receipts
     ]
     if not choices:
         raise VideoNotLabelledError(f"{label_set.name} in {where} holds no shard to compare with")

@@ -18,7 +18,8 @@ from stores.codec import GRID_STEP
 from stores.errors import VideoChangedError, VideoError
 from stores.progress import Progress
 from stores.schema import FRAME_ALIGNMENT, FrameRequest, LabelRequest, Variant, environment
-from stores.shards import Committer, FrameSet, LabelSet, VideoRow
+from stores.shards import Committer, FrameSet, LabelSet
+from stores.table import VideoRow
 from stores.targets import TargetStore
 from stores.videos import Reader, VideoRecord, decoder_version, find_videos
 from teachers.base import Teacher
@@ -146,7 +147,7 @@ def _label_records(
         _run_tasks(tasks, _executor(worker, settings), labels, frames, report)
     report.seconds = time.monotonic() - began
     report.videos = sum(
-        all(map(labels.is_committed, wanted_shards(labels, video, settings.budget)))
+        all(shard in labels.receipts for shard in wanted_shards(labels, video, settings.budget))
         for video in videos
     )
     for failure in report.failures:

@@ -23,6 +23,22 @@ class FormatVersionError(TargetStoreError):
     """A store was written by a version of the format that this program does not read."""
 
 
+class DamagedStoreError(TargetStoreError):
+    """An object of a store is gone, or is not what was written.
+
+    Attributes:
+        key: Of the object.
+        what: What is wrong with it.
+    """
+
+    def __init__(self, url: str, key: str, what: str) -> None:
+        super().__init__(f"{key} in {url} {what}; find out more with: tinyhd store verify {url}")
+        self.url, self.key, self.what = url, key, what
+
+    def __reduce__(self) -> tuple[type[DamagedStoreError], tuple[str, str, str]]:
+        return type(self), (self.url, self.key, self.what)  # it travels between processes
+
+
 class StoreBusyError(TargetStoreError):
     """Another process is writing the store."""
 

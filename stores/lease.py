@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Self
 
 from filelock import FileLock, Timeout
@@ -28,6 +28,9 @@ DRIVER_KEY: Final = "runs/driver"
 BEAT_SECONDS: Final = 5.0
 STALE_SECONDS: Final = 30.0
 """A lease whose object has not changed for so long may be taken over."""
+
+
+Version = dict[str, str]
 
 
 class Lease(ABC):
@@ -116,17 +119,17 @@ class ObjectLease(Lease):
         super().__init__(place)
         self._objects, self._url = place.objects, place.url
         self._beat, self._stale, self._clock = beat_seconds, stale_seconds, clock
-        self._tag: str | None = None
+        self._version: Version | None = None
         self._is_lost = threading.Event()
         self._is_released = threading.Event()
         self._renewed_at = 0.0
         self._thread: threading.Thread | None = None
 
     def take(self) -> None:
-        tag, entry = self._look()
-        if tag is not None and entry.get("token") is not None:
-            tag = self._wait_until_stale(tag, entry)
-        if not self._put(tag):
+        version, entry = self._look()
+        if version is not None and entry.get("token") is not None:
+            version = self._wait_until_stale(version, entry)
+        if not self._put(version):
             raise _busy(self._place, self._look()[1])
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
@@ -138,8 +141,8 @@ class ObjectLease(Lease):
         if not self._is_lost.is_set():
             self.token = ""
             try:
-                self._put(self._tag)
-            except StoreWriteError as error:
+                self._put(self._version)
+            except OSError as error:
                 log.warning("the lease could not be given back, and ends by itself: %s", error)
 
     def check(self) -> None:
@@ -150,33 +153,34 @@ class ObjectLease(Lease):
             )
         super().check()
 
-    def _look(self) -> tuple[str | None, dict[str, Any]]:
+    def _look(self) -> tuple[Version | None, dict[str, Any]]:
         import obstore
 
         try:
             with reading(self._url):
                 result = obstore.get(self._objects, DRIVER_KEY)
-                return result.meta["e_tag"], _parse(bytes(result.bytes()))
+                return _version(result.meta), _parse(bytes(result.bytes()))
         except FileNotFoundError:
             return None, {}
 
-    def _put(self, tag: str | None) -> bool:
+    def _put(self, version: Version | None) -> bool:
         """Write the lease if it is as it was seen; return whether it was."""
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        # The number makes every renewal another object, with another tag.
+        # The number makes every renewal another object, with another version.
         data = self._entry(renewal=uuid.uuid4().hex) if self.token else b'{"token": null}'
-        mode: Any = "create" if tag is None else {"e_tag": tag}
+        mode: Any = "create" if version is None else version
         began = self._clock()  # others may see this renewal long before the answer is here
         try:
             with writing(self._url):
-                self._tag = obstore.put(self._objects, DRIVER_KEY, data, mode=mode)["e_tag"]
+                put = obstore.put(self._objects, DRIVER_KEY, data, mode=mode)
+                self._version = _version(put)
         except StoreWriteError as error:
             if not isinstance(error.__cause__, AlreadyExistsError | PreconditionError):
                 raise
             # A request that is sent again, as its answer was lost, finds what it wrote itself.
-            self._tag, found = self._look()
+            self._version, found = self._look()
             if found != _parse(data):
                 return False
         except FileNotFoundError:
@@ -184,8 +188,8 @@ class ObjectLease(Lease):
         self._renewed_at = began
         return True
 
-    def _wait_until_stale(self, tag: str, entry: dict[str, Any]) -> str | None:
-        """Return the tag with which the lease may be taken."""
+    def _wait_until_stale(self, version: Version, entry: dict[str, Any]) -> Version | None:
+        """Return the version at which the lease may be taken."""
         log.info(
             "%s has a driver (process %s on %s); looking for %g s whether it still lives",
             *(self._url, entry.get("pid"), entry.get("host"), self._stale),
@@ -194,19 +198,19 @@ class ObjectLease(Lease):
         while self._clock() - began < self._stale:
             time.sleep(min(1.0, self._stale / 10))
             now, entry = self._look()
-            if now != tag:
+            if now != version:
                 if entry.get("token") is None:
                     return now
                 raise _busy(self._place, entry)
-        return tag
+        return version
 
     def _keep(self) -> None:
         while not self._is_released.wait(self._beat):
             try:
-                if not self._put(self._tag):
+                if not self._put(self._version):
                     self._is_lost.set()
                     return
-            except StoreWriteError as error:  # the network may be back at the next beat
+            except OSError as error:  # the network may be back at the next beat
                 log.warning("the lease of %s could not be renewed: %s", self._url, error)
 
 
@@ -235,6 +239,11 @@ def _driver(place: Place) -> dict[str, Any]:
         return _parse(place.read(DRIVER_KEY))
     except FileNotFoundError:
         return {}
+
+
+def _version(meta: Mapping[str, Any]) -> Version:
+    """Return by what an object is told from its successors: some stores use one, some the other."""
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name) is not None}
 
 
 def _parse(data: bytes) -> dict[str, Any]:

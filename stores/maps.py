@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from stores.codec import kl_error_bound, logit_error_bound
+
+MAX_SIDE: Final = 16384
+"""Rows or columns of a map or a frame, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,16 @@ class MapSpec:
     """What turns a stored value into the map's: of a logit, or of a log-density."""
     order: Literal["resize_first", "activate_first"]
     """Whether the teacher resizes the plane to its input size before or after the activation."""
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.height <= MAX_SIDE and 1 <= self.width <= MAX_SIDE):
+            raise ValueError(
+                f"{self.name} needs a size from 1 to {MAX_SIDE}, got {self.height}x{self.width}"
+            )
+        if self.activation not in ("sigmoid", "exp"):
+            raise ValueError(f"{self.name} has the activation {self.activation!r}")
+        if self.order not in ("resize_first", "activate_first"):
+            raise ValueError(f"{self.name} has the order {self.order!r}")
 
     @property
     def array(self) -> str:
@@ -42,6 +55,12 @@ class DerivedMap:
     activation: Literal["identity", "sigmoid"]
     """What is applied to the sum."""
 
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError(f"{self.name} is derived from nothing")
+        if self.activation not in ("identity", "sigmoid"):
+            raise ValueError(f"{self.name} has the activation {self.activation!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MapLayout:
@@ -58,6 +77,8 @@ class MapLayout:
     """The hierarchical maps, the finest first; empty for a teacher that has none."""
 
     def __post_init__(self) -> None:
+        if not (1 <= self.height <= MAX_SIDE and 1 <= self.width <= MAX_SIDE):
+            raise ValueError(f"maps of {self.height}x{self.width} pixels are not possible")
         stored, names = [spec.name for spec in self.maps], self.names
         if len(set(names)) != len(names):
             raise ValueError(f"map names must differ, got {', '.join(names)}")

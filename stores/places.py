@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from abc import ABC, abstractmethod
@@ -167,12 +168,14 @@ class LocalPlace(Place):
         if self.is_there():
             raise NotATargetStoreError(f"{self.url} is there already")
         # Made beside its place and then renamed, so that a store is there whole or not at all.
-        building = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}{PARTIAL}")
+        path = self.path.absolute()
+        building = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         with writing(self.url):
             try:
                 for key, data in objects.items():
                     LocalPlace(building).write(key, data)
-                building.rename(self.path)
+                building.rename(path)
+                _flush_folder(path.parent)
             except OSError:
                 shutil.rmtree(building, ignore_errors=True)
                 if not self.is_there():
@@ -200,8 +203,11 @@ class LocalPlace(Place):
         return []
 
     def remove_leftovers(self) -> None:
-        for building in self.path.parent.glob(f".{self.path.name}.*{PARTIAL}"):
-            shutil.rmtree(building, ignore_errors=True)  # the store is there: nobody needs it
+        path = self.path.absolute()
+        name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}{re.escape(PARTIAL)}")
+        for building in path.parent.iterdir():
+            if name.fullmatch(building.name):  # the store is there: nobody needs it
+                shutil.rmtree(building, ignore_errors=True)
         for leftover in self.path.rglob(f"*{PARTIAL}"):
             leftover.unlink(missing_ok=True)
 
@@ -216,7 +222,7 @@ class ObjectPlace(Place):
     def __init__(self, url: str) -> None:
         try:
             import obstore
-            from obstore.store import from_url
+            from obstore.store import AzureStore, from_url
         except ImportError as error:
             raise TargetStoreError(
                 f"to open {url}, obstore is needed: pip install 'tinyhd[remote]'"
@@ -226,6 +232,8 @@ class ObjectPlace(Place):
         self._process = os.getpid()
         with reading(url):
             self._store: Any = from_url(url, retry_config=RETRIES)
+        # Azure has no ranges that are counted from the end.
+        self._has_suffixes = not isinstance(self._store, AzureStore)
 
     @property
     def objects(self) -> Any:  # noqa: ANN401 - one of obstore's stores
@@ -262,6 +270,11 @@ class ObjectPlace(Place):
 
     def read_end(self, key: str, length: int) -> tuple[bytes, int]:
         with reading(f"{self.url}/{key}"):
+            if not self._has_suffixes:
+                size = int(self._obstore.head(self.objects, key)["size"])
+                start = max(0, size - length)
+                end = self._obstore.get_range(self.objects, key, start=start, end=size)
+                return bytes(end), size
             result = self._obstore.get(self.objects, key, options={"range": {"suffix": length}})
             return bytes(result.bytes()), int(result.meta["size"])
 

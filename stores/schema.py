@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from stores.codec import GRID_STEP
 from stores.frames import RESIZE_RULE, RESIZE_VERSION
-from stores.maps import MapLayout, error_bounds
+from stores.maps import MAX_SIDE, MapLayout, error_bounds
 from stores.shard_file import GridPacking, ShardFormat, ZstdPacking
 
 FORMAT: Final = "tinyhd-targets"
@@ -25,7 +25,9 @@ FRAME_ALIGNMENT: Final = 256
 CHUNK_FRAMES: Final = 8
 GRID_PACKING: Final = "grid, differences in time, pcodec, crc32c"
 ZSTD_PACKING: Final = "zstd, crc32c"
-RECEIPT_CHUNK: Final = 1024
+RECEIPT_CHUNK: Final = 4096
+MAX_FRAMES: Final = 10**8
+"""Of a video: 46 days at 25 frames per second; more is damage."""
 VIDEO_CHUNK: Final = 4096
 DIGEST_BYTES: Final = 32
 
@@ -85,10 +87,33 @@ class LabelRequest:
     """``hflip``: the teacher saw mirrored frames; maps are in the mirrored frame's coordinates."""
     grid_step: float = GRID_STEP
     shard_frames: int = FRAME_ALIGNMENT
+    chunk_frames: int = CHUNK_FRAMES
 
     def __post_init__(self) -> None:
-        _check_shard_frames(self.shard_frames)
+        _check_shard_frames(self.shard_frames, self.chunk_frames)
+        if self.variant not in ("identity", "hflip"):
+            raise ValueError(f"variant must be identity or hflip, got {self.variant!r}")
+        if type(self.provenance["window"]) is not int or self.provenance["window"] < 1:
+            raise ValueError(f"a window of {self.provenance['window']} frames")
         _ = self.arrays  # grid steps and maps that cannot be packed are refused before any work
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> LabelRequest:
+        """Build the request of a group from its attributes.
+
+        Raises:
+            Exception: Of any kind, if they are not such attributes.
+        """
+        return cls(
+            teacher=attributes["teacher"],
+            provenance=attributes["provenance"],
+            layout=MapLayout.from_dict(attributes["maps"]),
+            description=attributes["description"],
+            variant=attributes["variant"],
+            grid_step=attributes["grid_step"],
+            shard_frames=attributes["shard_frames"],
+            chunk_frames=_chunk_frames(attributes["packing"], GRID_PACKING),
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -100,7 +125,7 @@ class LabelRequest:
             "variant": self.variant,
             "grid_step": self.grid_step,
             "shard_frames": self.shard_frames,
-            "packing": _packing(GRID_PACKING),
+            "packing": _packing(GRID_PACKING, self.chunk_frames),
         }
 
     @property
@@ -113,6 +138,7 @@ class LabelRequest:
         return {
             **self.identity,
             "fingerprint": fingerprint(self.identity),
+            "arrays": [array.name for array in self.arrays],
             "error_bounds": error_bounds(self.layout, self.grid_step),
             "description": dict(self.description),
         }
@@ -129,7 +155,7 @@ class LabelRequest:
                 format=ShardFormat(
                     GridPacking((len(specs), specs[0].height, specs[0].width), self.grid_step),
                     self.shard_frames,
-                    CHUNK_FRAMES,
+                    self.chunk_frames,
                 ),
             )
             for name, specs in arrays.items()
@@ -150,11 +176,34 @@ class FrameRequest:
     width: int
     decoder: Mapping[str, str]
     shard_frames: int = FRAME_ALIGNMENT
+    chunk_frames: int = CHUNK_FRAMES
+    resize_version: int = RESIZE_VERSION
+    description: Mapping[str, str] = field(default_factory=lambda: {"resize_rule": RESIZE_RULE})
+    """What is good to know but decides nothing."""
 
     def __post_init__(self) -> None:
-        _check_shard_frames(self.shard_frames)
-        if self.height < 1 or self.width < 1:
-            raise ValueError(f"frames need a positive size, got {self.height}x{self.width}")
+        _check_shard_frames(self.shard_frames, self.chunk_frames)
+        if not (1 <= self.height <= MAX_SIDE and 1 <= self.width <= MAX_SIDE):
+            raise ValueError(
+                f"frames need a size from 1 to {MAX_SIDE}, got {self.height}x{self.width}"
+            )
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> FrameRequest:
+        """Build the request of a group from its attributes.
+
+        Raises:
+            Exception: Of any kind, if they are not such attributes.
+        """
+        return cls(
+            height=attributes["height"],
+            width=attributes["width"],
+            decoder=attributes["decoder"],
+            shard_frames=attributes["shard_frames"],
+            chunk_frames=_chunk_frames(attributes["packing"], ZSTD_PACKING),
+            resize_version=attributes["resize_version"],
+            description=attributes["description"],
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -163,9 +212,9 @@ class FrameRequest:
             "height": self.height,
             "width": self.width,
             "decoder": dict(self.decoder),
-            "resize_version": RESIZE_VERSION,
+            "resize_version": self.resize_version,
             "shard_frames": self.shard_frames,
-            "packing": _packing(ZSTD_PACKING),
+            "packing": _packing(ZSTD_PACKING, self.chunk_frames),
         }
 
     @property
@@ -178,7 +227,8 @@ class FrameRequest:
         return {
             **self.identity,
             "fingerprint": fingerprint(self.identity),
-            "description": {"resize_rule": RESIZE_RULE},
+            "arrays": [array.name for array in self.arrays],
+            "description": dict(self.description),
         }
 
     @property
@@ -190,7 +240,7 @@ class FrameRequest:
                 dtype="uint8",
                 fill_value=0,
                 axes=("y", "x", "channel"),
-                format=ShardFormat(packing, self.shard_frames, CHUNK_FRAMES),
+                format=ShardFormat(packing, self.shard_frames, self.chunk_frames),
             ),
         )
 
@@ -220,8 +270,14 @@ def environment(**values: str | int) -> dict[str, str | int]:
     }
 
 
-def _packing(name: str) -> dict[str, str | int]:
-    return {"name": name, "chunk_frames": CHUNK_FRAMES}
+def _packing(name: str, chunk_frames: int) -> dict[str, str | int]:
+    return {"name": name, "chunk_frames": chunk_frames}
+
+
+def _chunk_frames(packing: Mapping[str, Any], name: str) -> int:
+    if packing["name"] != name:
+        raise ValueError(f"packed by {packing['name']!r}, which this program does not know")
+    return int(packing["chunk_frames"])
 
 
 def _map_axes(height: int, width: int, *, is_only: bool) -> tuple[str, ...]:
@@ -230,7 +286,9 @@ def _map_axes(height: int, width: int, *, is_only: bool) -> tuple[str, ...]:
     return tuple(axis + suffix for axis in ("map", "y", "x"))
 
 
-def _check_shard_frames(shard_frames: int) -> None:
+def _check_shard_frames(shard_frames: int, chunk_frames: int) -> None:
+    if not 1 <= chunk_frames <= shard_frames or shard_frames % chunk_frames:
+        raise ValueError(f"{shard_frames} frames per shard cannot be {chunk_frames} per chunk")
     if shard_frames < CHUNK_FRAMES or FRAME_ALIGNMENT % shard_frames:
         raise ValueError(
             f"frames per shard must be one of 8, 16, 32, 64, 128, 256, got {shard_frames}"

@@ -152,13 +152,13 @@ class ZstdPacking(Packing):
     def _unpack_into(self, data: bytes, out: npt.NDArray[Any]) -> None:
         from numcodecs.zstd import Zstd
 
+        # Before anything is unpacked: a few bytes may claim to be gigabytes.
+        if (size := _zstd_content_bytes(data)) != out.nbytes:
+            raise ValueError(f"a chunk holds {size} bytes, not {out.nbytes}")
         try:
-            unpacked = Zstd(ZSTD_LEVEL).decode(data)
+            Zstd(ZSTD_LEVEL).decode(data, out.reshape(-1))
         except (RuntimeError, MemoryError) as error:
             raise ValueError(str(error)) from error
-        if len(unpacked) != out.nbytes:
-            raise ValueError(f"a chunk holds {len(unpacked)} bytes, not {out.nbytes}")
-        out[...] = np.frombuffer(unpacked, self.dtype).reshape(out.shape)
 
     @property
     def codecs(self) -> Mapping[str, Any]:
@@ -232,6 +232,17 @@ class ShardFormat:
             rows = slice(chunk * self.chunk_frames, (chunk + 1) * self.chunk_frames)
             self.packing.unpack_into(data[offset : offset + length], values[rows])
         return values
+
+
+def _zstd_content_bytes(frame: bytes) -> int | None:
+    """Return what a Zstandard frame says of its content's size (RFC 8878, section 3.1.1.1)."""
+    if len(frame) < 6 or frame[:4] != b"\x28\xb5\x2f\xfd":
+        raise ValueError("a chunk is no Zstandard frame")
+    flag, is_single, dictionary = frame[4] >> 6, frame[4] >> 5 & 1, frame[4] & 3
+    start = 5 + (not is_single) + (0, 1, 2, 4)[dictionary]
+    length = (is_single, 2, 4, 8)[flag]
+    size = int.from_bytes(frame[start : start + length], "little")
+    return size + (256 if length == 2 else 0) if length else None
 
 
 def _checksum(data: bytes) -> bytes:

@@ -3,52 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import zarr
 
 from stores import schema
 from stores.codec import check_planes
-from stores.errors import TargetStoreError, VideoNotLabelledError
+from stores.errors import DamagedStoreError, TargetStoreError, VideoNotLabelledError
 from stores.lease import check_token
 from stores.maps import MapLayout, render_maps
-from stores.places import writing
-from stores.shard_file import GridPacking, Packing, ShardFormat, ZstdPacking
-from stores.videos import VideoRecord
+from stores.metadata import METADATA, read_attributes
+from stores.places import Place
+from stores.receipts import Receipt, Receipts
+from stores.table import VideoRow
 
 if TYPE_CHECKING:
     from stores.targets import TargetStore
 
+Request = schema.LabelRequest | schema.FrameRequest
 COMMIT_SECONDS: Final = 2.0
 COMMIT_SHARDS: Final = 256
-RECEIPTS_AT_ONCE: Final = 64 * schema.RECEIPT_CHUNK
 CACHED_INDICES: Final = 65536
 """Indices of shards that a label set keeps: some 10 MB where shards are of 16 frames."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoRow(VideoRecord):
-    """A video of a store: its record and its place on the frame axis."""
-
-    first: int
-    """Offset of the video's frame 0 on the frame axis of every label set."""
-    superseded_by: int = schema.LIVE
-    """-1: the row counts; -2: it was dropped; else the number of the row that replaces it."""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Proof that a shard is on the disk, whole: a SHA-256 for each of the shard set's arrays."""
-
-    shard: int
-    digests: tuple[bytes, ...]
 
 
 class Committer:
@@ -78,51 +60,38 @@ class Committer:
 
 
 class ShardSet(ABC):
-    """Arrays of one group, all along the frame axis, and their receipts."""
+    """Arrays of one group, all along the frame axis, and their receipts.
 
-    packing_name: ClassVar[str]
+    Raises:
+        DamagedStoreError: If its attributes or receipts are not what was written.
+    """
 
-    def __init__(self, store: TargetStore, group: zarr.Group) -> None:
+    request: Request
+
+    folder: ClassVar[str]
+
+    def __init__(self, store: TargetStore, name: str) -> None:
         self.store = store
-        self.name: str = group.basename
-        self.key: str = group.path
-        self.attributes: dict[str, Any] = dict(group.attrs)
-        try:
-            self.fingerprint = str(self.attributes["fingerprint"])
-            self.shard_frames = int(self.attributes["shard_frames"])
-            self.array_names = [str(name) for name in self.attributes["arrays"]]
-            packing = self.attributes["packing"]
-            if packing["name"] != self.packing_name:
-                raise ValueError(f"packed by {packing['name']!r}, which this program does not know")
-            chunk_frames = int(packing["chunk_frames"])
-            if not 1 <= chunk_frames <= self.shard_frames or self.shard_frames % chunk_frames:
-                raise ValueError(f"{self.shard_frames} frames per shard, {chunk_frames} per chunk")
-            self.formats = {
-                name: ShardFormat(
-                    self._packing(array_in(group, name).shape[1:]), self.shard_frames, chunk_frames
-                )
-                for name in self.array_names
-            }
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(store, group, error) from error
-        self.group = group
+        self.name = name
+        self.key = f"{self.folder}/{name}"
+        request: Any  # of the kind that the subclass declares
+        self.attributes, request = read_set(store.place, self.key)
+        self.request = request
+        self.fingerprint = str(self.attributes["fingerprint"])
+        self.shard_frames = self.request.shard_frames
+        self.formats = {array.name: array.format for array in self.request.arrays}
+        self.array_names = list(self.formats)
+        self.receipts = Receipts(store.place, f"{self.key}/receipts", len(self.array_names))
         self._token: str | None = None
         self._indices: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
-        self.refresh()
 
     def refresh(self) -> None:
-        """Read the receipts again.
+        """Read again which shards are there.
 
         Raises:
-            TargetStoreError: If they are damaged.
+            DamagedStoreError: If the receipts are damaged.
         """
-        self._receipts = array_in(self.group, "receipts")  # opened again: it may have grown
-        # Only whether a receipt is there is kept: those of a large collection are half a gigabyte.
-        self._has_receipt: npt.NDArray[np.bool_] = np.zeros(self._receipts.shape[0], np.bool_)
-        for start in range(0, len(self._has_receipt), RECEIPTS_AT_ONCE):
-            rows = slice(start, start + RECEIPTS_AT_ONCE)
-            self._has_receipt[rows] = self._read_receipts(rows).any(axis=(1, 2))
-        self._chunk: tuple[int, npt.NDArray[np.uint8]] | None = None
+        self.receipts.refresh()
         self._indices.clear()
 
     def shards(self, video: VideoRow) -> range:
@@ -137,7 +106,7 @@ class ShardSet(ABC):
 
     def missing(self, video: VideoRow) -> list[int]:
         """Return the shards of a video that are not committed."""
-        return [shard for shard in self.shards(video) if not self.is_committed(shard)]
+        return [shard for shard in self.shards(video) if shard not in self.receipts]
 
     def sample(self, video: VideoRow, *, blocks: int, seed: int) -> list[int]:
         """Return some of a video's shards, for a collection that is too large to label whole.
@@ -162,35 +131,6 @@ class ShardSet(ABC):
         """Frames at a video's beginning that are made from less than a full window."""
         return 0
 
-    def is_committed(self, shard: int) -> bool:
-        """Return whether a shard has a receipt."""
-        return shard < len(self._has_receipt) and bool(self._has_receipt[shard])
-
-    @property
-    def committed_shards(self) -> list[int]:
-        """Shards that have a receipt."""
-        return [int(shard) for shard in np.flatnonzero(self._has_receipt)]
-
-    @property
-    @abstractmethod
-    def request(self) -> schema.LabelRequest | schema.FrameRequest:
-        """What the set was asked to be."""
-
-    @property
-    def num_committed(self) -> int:
-        """Shards that have a receipt."""
-        return int(self._has_receipt.sum())
-
-    def receipt(self, shard: int) -> Receipt | None:
-        """Return the receipt of a shard, or nothing if it is not committed."""
-        if not self.is_committed(shard):
-            return None
-        chunk, row = divmod(shard, schema.RECEIPT_CHUNK)
-        known = self._chunk  # taken once: other threads may exchange it
-        if known is None or known[0] != chunk:
-            known = self._chunk = (chunk, self._read_receipts(_chunk_rows(chunk)))
-        return Receipt(shard, tuple(digest.tobytes() for digest in known[1][row]))
-
     def coverage(self, video: str) -> list[range]:
         """Return the spans of a video's frames that are there, in order and as long as can be.
 
@@ -199,12 +139,11 @@ class ShardSet(ABC):
         """
         row = self.store.video(video)
         spans: list[range] = []
-        for shard in self.shards(row):
-            if self.is_committed(shard):
-                span = self.frames_of(shard, row)
-                if spans and spans[-1].stop == span.start:
-                    span = range(spans.pop().start, span.stop)
-                spans.append(span)
+        for shard in self.receipts.shards(self.shards(row)):
+            span = self.frames_of(shard, row)
+            if spans and spans[-1].stop == span.start:
+                span = range(spans.pop().start, span.stop)
+            spans.append(span)
         return spans
 
     def write_shard(
@@ -246,41 +185,23 @@ class ShardSet(ABC):
         self._token = token
 
     def commit(self, receipts: Iterable[Receipt]) -> None:
-        """Make shards readable; only the store's driver does it."""
-        self._write_receipts({receipt.shard: b"".join(receipt.digests) for receipt in receipts})
+        """Make shards readable; only the store's driver does it.
+
+        Raises:
+            StoreBusyError: If another driver has taken over the store.
+            StoreWriteError: If the receipts cannot be written.
+        """
+        self.store.check_driver()
+        receipts = list(receipts)
+        self.receipts.write(receipts)
+        for receipt in receipts:
+            for name in self.array_names:
+                self._indices.pop((name, receipt.shard), None)
 
     def clear(self, shards: Iterable[int]) -> None:
         """Take back the receipts of shards, which are then not there any more."""
-        nothing = bytes(len(self.array_names) * schema.DIGEST_BYTES)
-        self._write_receipts({shard: nothing for shard in shards if self.is_committed(shard)})
-
-    def _write_receipts(self, digests: Mapping[int, bytes]) -> None:
-        self.store.check_driver()
-        self._chunk = None
-        by_chunk: dict[int, list[int]] = {}
-        for shard in sorted(digests):
-            by_chunk.setdefault(shard // schema.RECEIPT_CHUNK, []).append(shard)
-        for chunk, shards in by_chunk.items():
-            rows = _chunk_rows(chunk)
-            receipts = self._read_receipts(rows)
-            for shard in shards:
-                row = receipts[shard - rows.start]
-                row[...] = np.frombuffer(digests[shard], np.uint8).reshape(row.shape)
-            with writing(self.store.url):
-                self._receipts[rows] = receipts
-            self._has_receipt[rows] = receipts.any(axis=(1, 2))
-        for shard in digests:
-            for name in self.array_names:
-                self._indices.pop((name, shard), None)
-
-    def _read_receipts(self, rows: slice) -> npt.NDArray[np.uint8]:
-        try:
-            return np.array(self._receipts[rows])
-        except Exception as error:  # damaged chunks make a codec fail in any way
-            raise TargetStoreError(
-                f"the receipts of {self.name} in {self.store.url} are damaged ({error}); find out "
-                f"more with: tinyhd store verify {self.store.url}"
-            ) from error
+        nothing = (bytes(schema.DIGEST_BYTES),) * len(self.array_names)
+        self.commit(Receipt(shard, nothing) for shard in shards if shard in self.receipts)
 
     def read_arrays(self, video: VideoRow, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
         """Return the values of frames ``start`` to ``stop`` (exclusive), keyed by array.
@@ -296,7 +217,7 @@ class ShardSet(ABC):
             )
         first, last = video.first + start, video.first + stop
         shards = range(first // self.shard_frames, -(-last // self.shard_frames))
-        if not all(self.is_committed(shard) for shard in shards):
+        if not all(shard in self.receipts for shard in shards):
             raise VideoNotLabelledError(
                 f"frames {start}-{stop} of {video.id!r} are not in {self.name} of "
                 f"{self.store.url}; add them with: tinyhd distill VIDEOS --store {self.store.url}"
@@ -357,30 +278,31 @@ class ShardSet(ABC):
     def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
         """Refuse values that the arrays cannot hold."""
 
-    @abstractmethod
-    def _packing(self, shape: tuple[int, ...]) -> Packing:
-        """Return how an array's frames of a shape are packed."""
-
 
 class LabelSet(ShardSet):
     """A teacher's stored soft targets.
 
     Attributes:
+        request: What it was asked to be.
         layout: The maps it holds.
         teacher: The teacher's name.
         window: Frames that the teacher looks at to label one.
     """
 
-    packing_name = schema.GRID_PACKING
+    folder = schema.LabelRequest.folder
+    request: schema.LabelRequest
 
-    def __init__(self, store: TargetStore, group: zarr.Group) -> None:
-        super().__init__(store, group)
-        try:
-            self.layout = MapLayout.from_dict(self.attributes["maps"])
-            self.teacher = str(self.attributes["teacher"])
-            self.window = int(self.attributes["provenance"]["window"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(store, group, error) from error
+    @property
+    def layout(self) -> MapLayout:
+        return self.request.layout
+
+    @property
+    def teacher(self) -> str:
+        return self.request.teacher
+
+    @property
+    def window(self) -> int:
+        return int(self.request.provenance["window"])
 
     def read(self, video: str, start: int, stop: int) -> dict[str, npt.NDArray[np.float32]]:
         """Return the native planes of frames ``start`` to ``stop`` (exclusive), keyed by array.
@@ -433,39 +355,23 @@ class LabelSet(ShardSet):
     def head_frames(self) -> int:
         return self.window - 1
 
-    @property
-    def request(self) -> schema.LabelRequest:
-        values = self.attributes
-        return schema.LabelRequest(
-            teacher=self.teacher,
-            provenance=values["provenance"],
-            layout=self.layout,
-            description=values.get("description", {}),
-            variant=values["variant"],
-            grid_step=values["grid_step"],
-            shard_frames=self.shard_frames,
-        )
-
     def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
         check_planes(values, video=video.id, first_frame=span.start)
-
-    def _packing(self, shape: tuple[int, ...]) -> Packing:
-        maps, height, width = shape
-        return GridPacking((maps, height, width), float(self.attributes["grid_step"]))
 
 
 class FrameSet(ShardSet):
     """Decoded frames of the videos at one size."""
 
-    packing_name = schema.ZSTD_PACKING
+    folder = schema.FrameRequest.folder
+    request: schema.FrameRequest
 
-    def __init__(self, store: TargetStore, group: zarr.Group) -> None:
-        super().__init__(store, group)
-        try:
-            self.height = int(self.attributes["height"])
-            self.width = int(self.attributes["width"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(store, group, error) from error
+    @property
+    def height(self) -> int:
+        return self.request.height
+
+    @property
+    def width(self) -> int:
+        return self.request.width
 
     def read(self, video: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Return frames ``start`` to ``stop`` (exclusive), ``(frame, y, x, channel)`` RGB.
@@ -479,47 +385,47 @@ class FrameSet(ShardSet):
     def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
         """Any byte can be held."""
 
-    def _packing(self, shape: tuple[int, ...]) -> Packing:
-        return ZstdPacking(shape, "uint8")
 
-    @property
-    def request(self) -> schema.FrameRequest:
-        return schema.FrameRequest(
-            height=self.height,
-            width=self.width,
-            decoder=self.attributes["decoder"],
-            shard_frames=self.shard_frames,
-        )
-
-
-def _chunk_rows(chunk: int) -> slice:
-    """Return the shards whose receipts are in a chunk of the array ``receipts``."""
-    return slice(chunk * schema.RECEIPT_CHUNK, (chunk + 1) * schema.RECEIPT_CHUNK)
-
-
-def array_in(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    """Return an array of a group.
+def read_set(place: Place, key: str) -> tuple[dict[str, Any], Request]:
+    """Return the attributes of a set and the request that it was made for.
 
     Raises:
-        TargetStoreError: If there is none.
+        DamagedStoreError: If they are gone, or are not those that were written.
     """
-    array = group.get(name)
-    if not isinstance(array, zarr.Array):
-        raise TargetStoreError(f"the store is damaged: {group.path}/{name} is not an array")
-    return array
+    attributes = read_attributes(place, key)
+    folder, _, name = key.partition("/")
+    kind = schema.LabelRequest if folder == LabelSet.folder else schema.FrameRequest
+    try:
+        request = kind.from_attributes(attributes)
+        _check_attributes(name, attributes, request)
+    except Exception as error:  # damaged attributes make it fail in any way
+        raise DamagedStoreError(
+            place.url, f"{key}/{METADATA}", f"is damaged: {_said(error)}"
+        ) from error
+    return attributes, request
 
 
-def group_in(group: zarr.Group, name: str) -> zarr.Group:
-    """Return a group of a group.
-
-    Raises:
-        TargetStoreError: If there is none.
-    """
-    member = group.get(name)
-    if not isinstance(member, zarr.Group):
-        raise TargetStoreError(f"the store is damaged: {group.path}/{name} is not a group")
-    return member
+def is_dropped(attributes: Mapping[str, Any]) -> bool:
+    """Return whether a set is being deleted."""
+    return bool(attributes.get("dropped"))
 
 
-def _damaged(store: TargetStore, group: zarr.Group, error: Exception) -> TargetStoreError:
-    return TargetStoreError(f"the attributes of {group.path} in {store.url} are damaged: {error}")
+def _check_attributes(
+    name: str,
+    attributes: Mapping[str, Any],
+    request: Request,
+) -> None:
+    """Raise a ValueError unless attributes are those that a request has."""
+    if schema.digest(attributes) != attributes["digest"]:
+        raise ValueError("the attributes are not those that were written")
+    if not isinstance(attributes["environment"], dict):
+        raise ValueError("the environment is no dictionary")
+    if name != request.name:
+        raise ValueError(f"the attributes are those of {request.name}")
+    for key, value in json.loads(json.dumps(request.attributes)).items():
+        if attributes.get(key) != value:
+            raise ValueError(f"the attribute {key!r} does not follow from the others")
+
+
+def _said(error: Exception) -> str:
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)

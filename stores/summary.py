@@ -57,6 +57,8 @@ class StoreSummary:
     """Rows of videos that were replaced since; their targets are still there."""
     bytes: int
     sets: tuple[SetSummary, ...]
+    damaged: tuple[str, ...]
+    """What is wrong with sets that cannot be opened."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -70,6 +72,8 @@ class StoreSummary:
         ]
         for item in self.sets:
             lines += ["", *_set_lines(item)]
+        if self.damaged:
+            lines += ["", *(f"damaged: {what}" for what in self.damaged)]
         return "\n".join(lines)
 
 
@@ -106,6 +110,7 @@ def summarise(store: TargetStore) -> StoreSummary:
             _summarise_set(store, item, sizes, runs)
             for item in (*store.label_sets, *store.frame_sets)
         ),
+        damaged=tuple(map(str, store.damaged_sets)),
     )
 
 
@@ -178,7 +183,7 @@ def _summarise_set(
         fingerprint=item.fingerprint,
         frames=frames,
         coverage=frames / total if total else 0.0,
-        shards=item.num_committed,
+        shards=len(item.receipts),
         bytes_of_arrays={a: sizes.get((kind, name, a), 0) for a in item.array_names},
         raw_bytes=frames * sum(values.values()),
         full_size_bytes=full,
@@ -195,9 +200,9 @@ def _runs(store: TargetStore) -> dict[str, list[float]]:
         for line in store.place.read(key).decode(errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                if entry.get("event") == "start":
+                if entry.get("event") == "start" and 0 <= float(entry["time"]) < 1e11:
                     times.setdefault(str(entry["label_set"]), []).append(float(entry["time"]))
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
                 continue  # a log decides nothing
     return times
 

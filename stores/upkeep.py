@@ -9,8 +9,9 @@ from typing import Final
 
 from stores.errors import TargetStoreError, VideoChangedError
 from stores.progress import Progress
+from stores.receipts import Receipt
 from stores.schema import DROPPED
-from stores.shards import Committer, FrameSet, LabelSet, Receipt, ShardSet
+from stores.shards import Committer, ShardSet
 from stores.targets import TargetStore
 from stores.videos import VideoRecord
 
@@ -32,7 +33,7 @@ class MergeReport:
     known: int = 0
     """Shards that were there already."""
     damaged: list[str] = field(default_factory=list)
-    """Keys of shards that are not what their receipt says, and were not copied."""
+    """Keys of shards and sets that are not what was written, and were not copied."""
 
     def __str__(self) -> str:
         return (
@@ -82,6 +83,8 @@ def merge(target: TargetStore, source: TargetStore) -> MergeReport:
             [VideoRecord(*(getattr(video, name) for name in RECORD_FIELDS)) for video in new]
         )
         report.videos = len(new)
+        for error in source.damaged_sets:
+            report.damaged.append(error.key)
         for other in (*source.label_sets, *source.frame_sets):
             _copy_shards(target.adopt_set(other), other, report)
     return report
@@ -137,18 +140,18 @@ def _check_videos(target: TargetStore, source: TargetStore) -> None:
         )
 
 
-def _copy_shards(own: LabelSet | FrameSet, other: ShardSet, report: MergeReport) -> None:
+def _copy_shards(own: ShardSet, other: ShardSet, report: MergeReport) -> None:
     pairs: dict[int, int] = {}  # shard of the other -> of ours
     for video in other.store.videos:
         here = own.shards(own.store.video(video.id))
         pairs.update(zip(other.shards(video), here, strict=True))
     wanted = []
     for theirs, ours in pairs.items():
-        receipt = other.receipt(theirs)
-        if own.is_committed(ours):
-            report.known += receipt is not None
-        elif receipt is not None:
-            wanted.append((receipt, ours))
+        if theirs in other.receipts:
+            if ours in own.receipts:
+                report.known += 1
+            else:
+                wanted.append((other.receipts[theirs], ours))
     committer = Committer(own)
     label = f"copying {own.name}"
     with (

@@ -7,21 +7,31 @@ import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import zarr
 
 from stores import schema
 from stores.codec import LIMIT, silence_codec_remark
-from stores.errors import TargetStoreError
-from stores.maps import error_bounds
+from stores.errors import DamagedStoreError
+from stores.metadata import (
+    METADATA,
+    Metadata,
+    check_root,
+    empty_set,
+    empty_store,
+    read_attributes,
+    read_length,
+    read_metadata,
+)
 from stores.places import PARTIAL, Place, open_place
 from stores.progress import Progress
-from stores.shards import LabelSet, ShardSet
-from stores.targets import TargetStore, check_root, empty_set, empty_store
+from stores.receipts import read_receipts, write_receipts
+from stores.shards import FrameSet, LabelSet, Request, ShardSet, is_dropped, read_set
+from stores.targets import TargetStore
 from stores.upkeep import shard_of
 
 TABLE_CHUNK: Final = re.compile(r"c(/\d+)+")
@@ -93,8 +103,10 @@ def verify_store(where: str | Path, *, repair: bool = False) -> VerifyReport:
     _check_structure(place, report)
     try:
         store = TargetStore.open(where, mode="r+" if repair else "r")
-    except TargetStoreError as error:
-        report.add("videos", str(error))
+    except DamagedStoreError as error:
+        if not any(problem.key == error.key for problem in report.problems):
+            report.add(error.key, error.what)
+        report.add("videos", "cannot be read, so no shard was looked at; restore it from a copy")
         return report
     _check_videos(store, report)
     if repair:
@@ -107,7 +119,7 @@ def verify_store(where: str | Path, *, repair: bool = False) -> VerifyReport:
 
 def _check_structure(place: Place, report: VerifyReport) -> None:
     """Compare the root and the table of videos with those of an empty store."""
-    expected = {key: json.loads(data) for key, data in empty_store().items()}
+    expected = empty_store()
     for key, metadata in expected.items():
         found = _metadata(place, key, report)
         if found is not None and not _is_alike(found, metadata):
@@ -122,26 +134,11 @@ def _check_structure(place: Place, report: VerifyReport) -> None:
 
 
 def _check_videos(store: TargetStore, report: VerifyReport) -> None:
-    there = {key for key, _ in store.place.walk("videos")}
-    for column in schema.VIDEO_COLUMNS:
-        for chunk in range(-(-len(store.rows) // schema.VIDEO_CHUNK)):
-            key = f"videos/{column}/c/{chunk}" + ("/0" if column == "content_hash" else "")
-            if key not in there:
-                report.add(key, "is gone")
     ranges: dict[int, tuple[int, bytes]] = {}
     for number, row in enumerate(store.rows):
-        where = f"videos, row {number} ({row.id!r})"
-        if row.frames < 1 or row.height < 1 or row.width < 1 or not row.id:
-            report.add(where, "has no name, frames or size")
-        if row.first % schema.FRAME_ALIGNMENT:
-            report.add(where, f"begins at {row.first}, no multiple of {schema.FRAME_ALIGNMENT}")
-        if not any(row.content_hash):
-            report.add(where, "has no content hash")
-        if not schema.DROPPED <= row.superseded_by < len(store.rows):
-            report.add(where, f"is superseded by row {row.superseded_by}, which is not there")
         known = ranges.setdefault(row.first, (row.frames, row.content_hash))
         if known != (row.frames, row.content_hash):
-            report.add(where, "shares its range with other content")
+            report.add(f"videos, row {number} ({row.id!r})", "shares its range with other content")
     end = 0
     for first, (frames, _) in sorted(ranges.items()):
         if first < end:
@@ -161,29 +158,20 @@ def _check_sets(store: TargetStore, report: VerifyReport, *, repair: bool) -> No
 
 def _check_set(store: TargetStore, key: str, report: VerifyReport, *, repair: bool) -> None:
     objects = dict(store.place.walk(key))
-    metadata = _metadata(store.place, f"{key}/zarr.json", report)
-    if metadata is None:
-        return
-    before = len(report.problems)
-    attributes = metadata.get("attributes", {})
-    if not attributes:
+    if f"{key}/{METADATA}" not in objects and not _holds_shards(key, objects):
         return  # in the making, or left so by a run that was stopped
-    if attributes.get("dropped"):
-        report.add(key, "was dropped and is not yet deleted; finish that with: tinyhd store drop")
-        return
-    _check_attributes(f"{key}/zarr.json", attributes, report)
-    for name in (*attributes.get("arrays", ()), "receipts"):
-        _metadata(store.place, f"{key}/{name}/zarr.json", report)
-    if len(report.problems) > before:
-        return
-    if repair:
-        _empty_damaged_receipts(store, key, report)
     try:
+        if is_dropped(read_attributes(store.place, key)):
+            what = "was dropped and is not yet deleted; finish that with: tinyhd store drop"
+            report.add(key, what)
+            return
+        _, request = read_set(store.place, key)
+        if not _check_receipts(store, key, request, report, repair=repair):
+            return
         shard_set = store.open_set(key)
-    except TargetStoreError as error:
-        report.add(f"{key}/receipts" if "receipts" in str(error) else key, str(error))
+    except DamagedStoreError as error:
+        report.add(error.key, error.what)
         return
-    store.refresh()  # after the receipts, as another process may be adding videos
     _check_arrays(store, shard_set, report)
     _check_keys(shard_set, objects, report)
     damaged = _check_shards(shard_set, objects, report)
@@ -192,32 +180,37 @@ def _check_set(store: TargetStore, key: str, report: VerifyReport, *, repair: bo
         report.repaired += len(damaged)
 
 
-def _check_attributes(key: str, attributes: Mapping[str, Any], report: VerifyReport) -> None:
-    if schema.digest(attributes) != attributes.get("digest"):
-        report.add(key, "the attributes are not those that were written")
-    request = schema.LabelRequest if key.startswith("labels/") else schema.FrameRequest
-    identity = {name: attributes.get(name) for name in request.identity_names}
-    if schema.fingerprint(identity) != attributes.get("fingerprint"):
-        report.add(key, "the fingerprint is not that of the attributes")
+def _holds_shards(key: str, objects: Mapping[str, int]) -> bool:
+    """Return whether a set has more objects than one in the making."""
+    return any(
+        not name.endswith(METADATA) and not name.startswith(f"{key}/receipts/") for name in objects
+    )
 
 
-def _check_arrays(store: TargetStore, shard_set: ShardSet, report: VerifyReport) -> None:
+def _check_arrays(store: TargetStore, shard_set: LabelSet | FrameSet, report: VerifyReport) -> None:
     """Compare arrays with those that the attributes ask for, and receipts with the videos."""
-    if isinstance(shard_set, LabelSet):
-        step = float(shard_set.attributes["grid_step"])
-        if shard_set.attributes["error_bounds"] != error_bounds(shard_set.layout, step):
-            report.add(shard_set.key, "the error bounds are not those of its grid step")
-    for key, metadata in empty_set(shard_set.request).items():
+    *arrays, group = empty_set(shard_set.request, shard_set.attributes).items()
+    for key, metadata in (*arrays, group):
         found = _metadata(store.place, key, report)
         if found is not None and not _is_alike(found, metadata):
             report.add(key, "is not what the attributes of its group ask for")
-    owned = {shard for row in store.rows for shard in shard_set.shards(row)}
-    for shard in shard_set.committed_shards:
-        receipt = shard_set.receipt(shard)
-        if receipt is not None and not all(any(digest) for digest in receipt.digests):
-            report.add(f"{shard_set.key}/receipts", f"shard {shard} is there in some arrays only")
+    lengths = []
+    for array in shard_set.array_names:
+        with suppress(DamagedStoreError):  # which was found above
+            lengths.append(read_length(store.place, f"{shard_set.key}/{array}"))
+    there = shard_set.receipts.shards()
+    if there and min(lengths, default=0) < there[-1] * shard_set.shard_frames:
+        report.add(shard_set.key, "has shards beyond the end of an array")
+    owned = {
+        shard
+        for first in {row.first: row for row in store.rows}.values()
+        for shard in shard_set.receipts.shards(shard_set.shards(first))
+    }
+    for shard in there:
+        if not all(any(digest) for digest in shard_set.receipts[shard].digests):
+            report.add(shard_set.receipts.key, f"shard {shard} is there in some arrays only")
         if shard not in owned:
-            report.add(f"{shard_set.key}/receipts", f"shard {shard} belongs to no video")
+            report.add(shard_set.receipts.key, f"shard {shard} belongs to no video")
 
 
 def _check_keys(shard_set: ShardSet, objects: Mapping[str, int], report: VerifyReport) -> None:
@@ -229,7 +222,7 @@ def _check_keys(shard_set: ShardSet, objects: Mapping[str, int], report: VerifyR
             continue
         shard = shard_of(key) if name in shard_set.array_names else None
         if shard is not None and key == shard_set.shard_key(name, shard):
-            report.uncommitted += not shard_set.is_committed(shard)
+            report.uncommitted += shard not in shard_set.receipts
         elif not key.endswith(PARTIAL):  # else of a run that goes on or was killed
             report.add(key, "is a foreign file")
 
@@ -239,7 +232,8 @@ def _check_shards(
 ) -> list[int]:
     """Read every committed shard; return those that are not what their receipts say."""
     damaged: set[int] = set()
-    work = [(shard, name) for shard in shard_set.committed_shards for name in shard_set.array_names]
+    there = shard_set.receipts.shards()
+    work = [(shard, name) for shard in there for name in shard_set.array_names]
     label = f"verifying {shard_set.name}"
     with Progress(len(work), unit="shards", label=label) as progress, ThreadPoolExecutor() as pool:
         for begin in range(0, len(work), READ_AHEAD):
@@ -258,9 +252,7 @@ def _check_shards(
 
 def _check_shard(shard_set: ShardSet, shard: int, name: str) -> str:
     """Return what is wrong with a shard of an array, or nothing."""
-    receipt = shard_set.receipt(shard)
-    if receipt is None:
-        return ""
+    receipt = shard_set.receipts[shard]
     try:
         data = shard_set.store.place.read(shard_set.shard_key(name, shard))
     except FileNotFoundError:
@@ -278,42 +270,47 @@ def _check_shard(shard_set: ShardSet, shard: int, name: str) -> str:
     return ""
 
 
-def _empty_damaged_receipts(store: TargetStore, key: str, report: VerifyReport) -> None:
-    """Delete the chunks of receipts that cannot be read."""
-    group: Any = zarr.open_group(store.place.zarr_store(read_only=False), path=key, mode="r+")
-    receipts = group["receipts"]
-    for start in range(0, receipts.shape[0], schema.RECEIPT_CHUNK):
-        stop = min(start + schema.RECEIPT_CHUNK, receipts.shape[0])
+def _check_receipts(
+    store: TargetStore, key: str, request: Request, report: VerifyReport, *, repair: bool
+) -> bool:
+    """Read all chunks of receipts and, for repair, empty the damaged ones; are all whole now?"""
+    receipts, is_whole = f"{key}/receipts", True
+    length = read_length(store.place, receipts)
+    store.refresh()  # after the length, as another process may be adding videos
+    if length * request.shard_frames > store.num_frames:
+        what = f"says that there are {length} shards, more than the videos have"
+        report.add(f"{receipts}/{METADATA}", what)
+        return False
+    num_arrays = len(request.arrays)
+    for chunk, start in enumerate(range(0, length, schema.RECEIPT_CHUNK)):
         try:
-            receipts[start:stop]
-        except Exception as error:  # damaged chunks make a codec fail in any way
-            report.add(f"{key}/receipts", f"those of shards {start}-{stop} are damaged: {error}")
-            chunk = receipts.metadata.encode_chunk_key((start // schema.RECEIPT_CHUNK, 0, 0))
+            read_receipts(store.place, receipts, num_arrays, chunk)
+        except DamagedStoreError as error:
+            report.add(error.key, error.what)
+            if not repair:
+                is_whole = False
+                continue
             store.check_driver()
-            store.place.delete([f"{key}/receipts/{chunk}"])
-            report.repaired += stop - start
+            shape = (schema.RECEIPT_CHUNK, num_arrays, schema.DIGEST_BYTES)
+            write_receipts(store.place, receipts, chunk, np.zeros(shape, np.uint8))
+            report.repaired += min(schema.RECEIPT_CHUNK, length - start)
+    return is_whole
 
 
-def _metadata(place: Place, key: str, report: VerifyReport) -> dict[str, Any] | None:
+def _metadata(place: Place, key: str, report: VerifyReport) -> Metadata | None:
     try:
-        metadata = json.loads(place.read(key))
-    except FileNotFoundError:
-        report.add(key, "is gone")
+        return read_metadata(place, key)
+    except DamagedStoreError as error:
+        report.add(key, error.what)
         return None
-    except (OSError, ValueError) as error:
-        report.add(key, f"cannot be read: {error}")
-        return None
-    if not isinstance(metadata, dict):
-        report.add(key, "is no Zarr metadata")
-        return None
-    return metadata
 
 
 def _is_alike(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     """Return whether metadata are equal but for the length."""
 
     def fixed(metadata: Mapping[str, Any]) -> str:
-        values = {**metadata, "shape": list(metadata.get("shape", ()))[1:]}
-        return json.dumps(values, sort_keys=True)
+        shape = metadata.get("shape")
+        rest = shape[1:] if isinstance(shape, list) else shape
+        return json.dumps({**metadata, "shape": rest}, sort_keys=True)
 
     return fixed(found) == fixed(expected)

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from stores.errors import VideoError
 from stores.frames import resize_frames
-from stores.shards import FrameSet, LabelSet, VideoRow
+from stores.shards import FrameSet, LabelSet
+from stores.table import VideoRow
 from stores.targets import TargetStore
 from stores.videos import decode_video
 from student.config import CLIP_FRAMES

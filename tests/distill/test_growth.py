@@ -173,7 +173,7 @@ def test_merge_and_drop_from_the_command_line(path: Path, tmp_path: Path) -> Non
     assert run("store", "drop", tmp_path / "new.zarr", "--video", "short", "--yes")[0] == 0
     assert run("store", "verify", tmp_path / "new.zarr")[0] == 0
     code, text = run("store", "drop", tmp_path / "new.zarr", "--video", "short", "--yes")
-    assert (code, "no video 'short'" in text) == (1, True)
+    assert (code, "no video 'short'" in text) == (0, True)  # a stopped command may be repeated
     assert run("store", "drop", tmp_path / "new.zarr")[0] == 0
 
 

@@ -96,9 +96,9 @@ def test_a_shard_alone_is_the_shard_of_a_whole_run(tmp_path: Path, record: Video
     parts = label_set(tmp_path / "parts.zarr", record)
     for shard in (2, 0, 1):
         run(parts, MeanTeacher(), (shard,))
-    shards = whole.committed_shards
-    assert shards == parts.committed_shards
-    assert [whole.receipt(shard) for shard in shards] == [parts.receipt(s) for s in shards]
+    shards = whole.receipts.shards()
+    assert shards == parts.receipts.shards()
+    assert [whole.receipts[s] for s in shards] == [parts.receipts[s] for s in shards]
 
 
 def test_batches_start_anew_at_every_shard(tmp_path: Path, record: VideoRecord) -> None:

@@ -90,31 +90,6 @@ def test_known_videos_are_added_once_and_changed_ones_refused(store: TargetStore
         store.add_videos([record("b", 40, b"other")])
 
 
-def test_row_that_was_not_finished_is_written_again(store: TargetStore) -> None:
-    """A driver killed while it appends leaves longer columns, but no ``first``."""
-    for name, array in store._video_table.items():
-        if name != "first":
-            array.resize((7, *array.shape[1:]))
-    reopened = TargetStore.open(store.url, mode="r+")
-    assert [video.id for video in reopened.videos] == ["a", "b", "c"]
-    reopened.add_videos([record("d", 5)])
-    assert TargetStore.open(store.url).video("d").frames == 5
-
-
-def test_rows_behind_one_that_was_not_finished_do_not_count(store: TargetStore) -> None:
-    """Chunks of a long column are written side by side: a killed driver may leave a gap."""
-    table = store._video_table
-    for array in table.values():
-        array.resize((5, *array.shape[1:]))
-    table["first"][4] = 2048
-    reopened = TargetStore.open(store.url, mode="r+")
-    assert [video.id for video in reopened.videos] == ["a", "b", "c"]
-    reopened.add_videos([record("d", 5), record("e", 5), record("f", 5)])
-    again = TargetStore.open(store.url)
-    assert [video.id for video in again.videos] == ["a", "b", "c", "d", "e", "f"]
-    assert [video.first for video in again.videos[3:]] == [1024, 1280, 1536]
-
-
 def test_shard_is_readable_only_after_its_receipt(store: TargetStore, labels: LabelSet) -> None:
     video = store.video("b")
     data = planes(16)
@@ -274,8 +249,9 @@ def test_unknown_video_is_named(labels: LabelSet) -> None:
 
 
 def test_dropped_rows_and_label_sets_do_not_count(store: TargetStore, labels: LabelSet) -> None:
-    store._video_table["superseded_by"][1] = -2
-    labels.group.attrs["dropped"] = True
+    store.drop_videos(["b"])
+    store.drop_videos(["b"])
+    store.drop_set(labels.key)
     reopened = TargetStore.open(store.url, mode="r+")
     assert [video.id for video in reopened.videos] == ["a", "c"]
     with pytest.raises(LabelSetNotFoundError, match="none at all"):

@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from stores import schema
-from stores.errors import FormatVersionError, NotATargetStoreError, VideoNotLabelledError
+from stores.errors import (
+    DamagedStoreError,
+    FormatVersionError,
+    NotATargetStoreError,
+    VideoNotLabelledError,
+)
+from stores.summary import summarise
 from stores.targets import TargetStore
+from stores.upkeep import sweep
 from stores.verify import verify_store
 from tests.stores.test_targets import planes, record, request
 
@@ -99,37 +108,45 @@ def test_exchanged_shards_are_found(path: Path) -> None:
 def test_damage_in_the_table_of_videos_is_found(path: Path, column: str, at: int) -> None:
     file = next(file for file in (path / "videos" / column / "c").rglob("*") if file.is_file())
     flip(file, at=at)
-    (problem, *_) = verify_store(path).problems
-    assert "videos" in str(problem)
+    assert [problem.key for problem in verify_store(path).problems] == [
+        file.relative_to(path).as_posix(),
+        "videos",  # no shard was looked at
+    ]
 
 
 @pytest.mark.parametrize("column", list(schema.VIDEO_COLUMNS))
 def test_missing_part_of_the_table_of_videos_is_found(path: Path, column: str) -> None:
     file = next(file for file in (path / "videos" / column / "c").rglob("*") if file.is_file())
     file.unlink()
-    assert any("video" in str(problem) for problem in verify_store(path).problems)
+    (problem, _) = verify_store(path).problems
+    assert (problem.key, problem.what) == (file.relative_to(path).as_posix(), "is gone")
 
 
-@pytest.mark.parametrize("at", [5, 40, -2])
-def test_damaged_receipts_are_named_and_taken_back(path: Path, at: int) -> None:
+@pytest.mark.parametrize(
+    "harm", [lambda f: flip(f, at=5), lambda f: flip(f, at=40), lambda f: flip(f, at=-2), cut]
+)
+def test_damaged_receipts_are_named_and_taken_back(path: Path, harm: Harm) -> None:
+    damage_receipts(path, harm)
+
+
+def test_missing_receipts_are_named_and_taken_back(path: Path) -> None:
+    damage_receipts(path, Path.unlink)
+
+
+def damage_receipts(path: Path, harm: Harm) -> None:
     file = one(path, "labels/*/receipts/c/0/0/0")
-    flip(file, at=at)
+    harm(file)
     (problem,) = verify_store(path).problems
-    assert "receipts" in problem.key
+    assert problem.key == file.relative_to(path).as_posix()
+    with pytest.raises(DamagedStoreError, match="receipts/c/0/0/0"):
+        TargetStore.open(path).label_set("toy")
     assert verify_store(path, repair=True).repaired > 0
     report = verify_store(path)
     assert report.problems == []
     assert report.uncommitted == 8
     store = TargetStore.open(path)
-    assert not store.label_sets[0].num_committed
-    assert store.frame_sets[0].num_committed == 1
-
-
-def test_missing_receipts_make_everything_unlabelled(path: Path) -> None:
-    one(path, "labels/*/receipts/c/0/0/0").unlink()
-    report = verify_store(path)
-    assert report.problems == []
-    assert report.uncommitted == 8
+    assert not len(store.label_sets[0].receipts)
+    assert len(store.frame_sets[0].receipts) == 1
 
 
 @pytest.mark.parametrize(
@@ -143,6 +160,45 @@ def test_changed_attributes_are_found(path: Path, key: str) -> None:
     file.write_text(json.dumps(metadata))
     (problem, *_) = verify_store(path).problems
     assert problem.key == file.relative_to(path).as_posix()
+    with pytest.raises(DamagedStoreError, match=r"labels/.*zarr\.json"):
+        TargetStore.open(path).label_set("toy")
+
+
+def test_length_that_is_damaged_is_found_at_once(path: Path) -> None:
+    for pattern in ("labels/*/receipts/zarr.json", "videos/first/zarr.json"):
+        file = one(path, pattern)
+        content = file.read_text()
+        metadata = json.loads(content)
+        metadata["shape"][0] = 10**12
+        file.write_text(json.dumps(metadata))
+        assert verify_store(path, repair=True).problems
+        with pytest.raises(DamagedStoreError):
+            TargetStore.open(path).label_set("toy")
+        file.write_text(content)
+    assert verify_store(path).problems == []
+
+
+def test_one_damaged_set_leaves_the_others_usable(path: Path) -> None:
+    one(path, "frames/*/zarr.json").write_text("{")
+    store = TargetStore.open(path, mode="r+")
+    assert len(store.label_set().read("b", 0, 16)) == 2
+    (error,) = store.damaged_sets
+    assert error.key.startswith("frames/")
+    assert f"damaged: {error}" in str(summarise(store))
+    (key,) = store.find_sets("frames", None)
+    with store.writer():
+        store.drop_videos(["a"])
+        store.drop_set(key)
+        sweep(store)
+    assert verify_store(path).problems == []
+
+
+def test_rows_that_cannot_be_are_refused(path: Path) -> None:
+    column: Any = zarr.open_array(path, path="videos/frames")
+    for frames in (0, -5, 10**15):
+        column[0] = frames
+        with pytest.raises(DamagedStoreError, match=rf"row 0 \('a'\),.* has {frames} frames"):
+            TargetStore.open(path)
 
 
 @pytest.mark.parametrize(
