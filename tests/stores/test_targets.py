@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import zarr
 
 from stores import schema
 from stores.errors import (
+    DamagedStoreError,
     FormatVersionError,
     LabelSetNotFoundError,
     NotATargetStoreError,
@@ -24,6 +27,7 @@ from stores.errors import (
     VideoNotLabelledError,
 )
 from stores.maps import MapLayout, MapSpec
+from stores.shard_file import ZstdPacking
 from stores.shards import LabelSet
 from stores.targets import TargetStore
 from stores.videos import VideoRecord
@@ -330,6 +334,75 @@ def test_two_processes_may_make_one_store(tmp_path: Path) -> None:
     makers = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
     assert [maker.wait() for maker in makers] == [0, 0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["t.zarr"]
+
+
+def test_equal_content_of_another_length_is_refused(store: TargetStore) -> None:
+    """Two decoders may give other numbers of frames of one file."""
+    with pytest.raises(TargetStoreError, match=r"41 frames here, and 40 in .* --reader"):
+        store.add_videos([record("copy of b", 41, b"b")])
+    assert len(TargetStore.open(store.url).videos) == 3
+
+
+def test_store_that_was_opened_for_reading_is_not_written(
+    store: TargetStore, labels: LabelSet
+) -> None:
+    reader = TargetStore.open(store.url)
+    for write in (
+        lambda: reader.add_videos([record("d", 5)]),
+        lambda: reader.ensure_label_set(request(), {}),
+        lambda: reader.drop_set(labels.key),
+        lambda: reader.label_set(labels.name).clear([0]),
+    ):
+        with pytest.raises(TargetStoreError, match="opened for reading"):
+            write()
+
+
+def test_chunk_that_claims_to_be_large_is_damage() -> None:
+    """A few bytes of Zstandard may unpack to gigabytes; nothing is unpacked to find out."""
+    packing = ZstdPacking((8, 8, 3), "uint8")
+    large = ZstdPacking((4096, 4096, 3), "uint8")
+    bomb = large.pack(np.zeros((8, 4096, 4096, 3), np.uint8))
+    assert len(bomb) < 100_000
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="a chunk holds 402653184 bytes, not 1536"):
+        packing.unpack_into(bomb, np.empty((8, 8, 8, 3), np.uint8))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    small = ZstdPacking((8, 8, 1), "uint8").pack(np.zeros((8, 8, 8, 1), np.uint8))
+    with pytest.raises(ValueError, match="a chunk holds 512 bytes, not 1536"):
+        packing.unpack_into(small, np.empty((8, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("frames", [1, 3, 100, 400, 70_000])
+def test_frames_of_any_size_are_unpacked(frames: int) -> None:
+    """Zstandard writes a content's size in one, two or four bytes."""
+    packing = ZstdPacking((1,), "uint8")
+    values = (np.arange(frames) % 251).astype(np.uint8).reshape(-1, 1)
+    out = np.empty_like(values)
+    packing.unpack_into(packing.pack(values), out)
+    np.testing.assert_array_equal(out, values)
+
+
+def test_errors_travel_between_processes() -> None:
+    error = DamagedStoreError("targets.zarr", "videos/id/c/0", "is gone")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.key) == (str(error), "videos/id/c/0")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("activation", "softmax"), ("order", "never"), ("height", 0), ("width", 10**6)],
+)
+def test_maps_that_cannot_be_are_refused(field: str, value: str | int) -> None:
+    values: dict[str, Any] = {
+        "name": "m",
+        "height": 4,
+        "width": 4,
+        "activation": "exp",
+        "order": "resize_first",
+    }
+    with pytest.raises(ValueError, match="m "):
+        MapSpec(**{**values, field: value})
 
 
 def test_shards_that_do_not_divide_256_are_refused() -> None:

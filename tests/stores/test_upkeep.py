@@ -10,6 +10,7 @@ import pytest
 import zarr
 
 from stores.errors import (
+    DamagedStoreError,
     LabelSetNotFoundError,
     TargetStoreError,
     VideoChangedError,
@@ -159,6 +160,27 @@ def test_dropped_label_set_can_be_made_again(tmp_path: Path) -> None:
         with pytest.raises(LabelSetNotFoundError):
             store.label_set()
     assert make(tmp_path / "targets.zarr", {"a": 40}).label_set().receipts.shards() == [0, 1, 2]
+
+
+def test_source_that_is_not_what_was_written_is_not_merged(tmp_path: Path) -> None:
+    """Whatever its attributes or rows say, the target stays as it is or gets what is whole."""
+    one = make(tmp_path / "one.zarr", {"a": 40})
+    two = make(tmp_path / "two.zarr", {"b": 20})
+    make(tmp_path / "two.zarr", {"b": 20}, window=9)
+    broken, whole = two.find_sets("labels", None)
+    path = tmp_path / "two.zarr" / broken / "zarr.json"
+    path.write_text(path.read_text().replace('"grid_step": 0.03125', '"grid_step": 0.0625'))
+    report = merge(one, TargetStore.open(two.url))
+    assert report.damaged == [f"{broken}/zarr.json"]
+    assert report.shards == 2
+    assert verify_store(one.url).problems == []
+    assert whole in TargetStore.open(one.url).find_sets("labels", None)
+    column: Any = zarr.open_array(tmp_path / "two.zarr", path="videos/frames")
+    column[0] = 10**15
+    before = contents(tmp_path / "one.zarr")
+    with pytest.raises(DamagedStoreError, match="frames"):
+        merge(one, TargetStore.open(two.url))
+    assert contents(tmp_path / "one.zarr") == before
 
 
 def test_changed_video_gets_a_new_row_on_request(tmp_path: Path) -> None:

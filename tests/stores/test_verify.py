@@ -164,6 +164,17 @@ def test_changed_attributes_are_found(path: Path, key: str) -> None:
         TargetStore.open(path).label_set("toy")
 
 
+def test_set_in_the_making_is_no_problem_but_one_whose_group_is_gone_is(path: Path) -> None:
+    group = one(path, "labels/*/zarr.json")
+    making = path / "labels" / "toy-identity-00000000" / "maps_8x8" / "zarr.json"
+    making.parent.mkdir(parents=True)
+    making.write_bytes(one(path, "labels/toy*/maps_8x8/zarr.json").read_bytes())
+    assert verify_store(path).problems == []
+    group.unlink()
+    (problem,) = verify_store(path).problems
+    assert (problem.key, problem.what) == (group.relative_to(path).as_posix(), "is gone")
+
+
 def test_length_that_is_damaged_is_found_at_once(path: Path) -> None:
     for pattern in ("labels/*/receipts/zarr.json", "videos/first/zarr.json"):
         file = one(path, pattern)
