@@ -168,7 +168,11 @@ class LocalPlace(Place):
         if self.is_there():
             raise NotATargetStoreError(f"{self.url} is there already")
         # Made beside its place and then renamed, so that a store is there whole or not at all.
-        path = self.path.absolute()
+        path = self.path.resolve()
+        if path == Path.cwd():  # which would be exchanged below the feet of this process
+            raise TargetStoreError(
+                f"{self.url} is the working directory; give the store a folder of its own"
+            )
         building = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         with writing(self.url):
             try:

@@ -326,6 +326,17 @@ def test_workers_of_a_driver_that_was_replaced_stop_writing(
         labels.write_shard(labels.shards(video)[0], planes(16), video)
 
 
+def test_working_directory_does_not_become_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TargetStoreError, match="a folder of its own"):
+        TargetStore.open_or_create(".")
+    TargetStore.create("targets.zarr").add_videos([record("a", 5)])
+    monkeypatch.chdir(tmp_path / "targets.zarr")
+    assert [video.id for video in TargetStore.open(".").videos] == ["a"]
+
+
 def test_two_processes_may_make_one_store(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from stores.targets import TargetStore; "
