@@ -35,13 +35,14 @@ def read_metadata(place: Place, key: str) -> Metadata:
 
     Raises:
         DamagedStoreError: If it is not there, or is none.
+        TargetStoreError: If the place cannot be read, which says nothing of the object.
     """
     try:
         metadata = json.loads(place.read(key))
     except FileNotFoundError as error:
         raise DamagedStoreError(place.url, key, "is gone") from error
     except OSError as error:
-        raise DamagedStoreError(place.url, key, f"cannot be read: {error}") from error
+        raise TargetStoreError(f"cannot read {key} in {place.url}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise DamagedStoreError(place.url, key, f"is damaged: {error}") from error
     if not isinstance(metadata, dict):

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from stores.errors import DamagedStoreError
+from stores.errors import DamagedStoreError, TargetStoreError
 from stores.metadata import read_length, write_length
 from stores.places import Place
 from stores.schema import DIGEST_BYTES, RECEIPT_CHUNK
@@ -91,11 +91,14 @@ class Receipts:
         """Write receipts; one whose digests are all zero takes that of its shard back.
 
         Raises:
-            DamagedStoreError: If those beside them cannot be read.
+            ValueError: If a shard lies beyond the end of the array.
+            DamagedStoreError: If those beside them are damaged.
             StoreWriteError: If they cannot be written.
         """
         by_chunk: dict[int, list[Receipt]] = {}
         for receipt in receipts:
+            if not 0 <= receipt.shard < len(self._is_there):
+                raise ValueError(f"shard {receipt.shard} lies beyond the end of {self.key}")
             by_chunk.setdefault(receipt.shard // RECEIPT_CHUNK, []).append(receipt)
         self._known = None
         for chunk in sorted(by_chunk):
@@ -122,6 +125,7 @@ def read_receipts(place: Place, key: str, num_arrays: int, chunk: int) -> Digest
 
     Raises:
         DamagedStoreError: If it is damaged or gone.
+        TargetStoreError: If the place cannot be read, which says nothing of the chunk.
     """
     name = receipts_key(key, chunk)
     digests = np.empty((RECEIPT_CHUNK, num_arrays, DIGEST_BYTES), np.uint8)
@@ -129,10 +133,10 @@ def read_receipts(place: Place, key: str, num_arrays: int, chunk: int) -> Digest
         _packing(num_arrays).unpack_into(place.read(name), digests)
     except FileNotFoundError as error:
         raise DamagedStoreError(place.url, name, "is gone") from error
-    except (OSError, ValueError) as error:
-        raise DamagedStoreError(
-            place.url, name, f"is damaged or cannot be read: {error}"
-        ) from error
+    except OSError as error:
+        raise TargetStoreError(f"cannot read {name} in {place.url}: {error}") from error
+    except ValueError as error:
+        raise DamagedStoreError(place.url, name, f"is damaged: {error}") from error
     return digests
 
 

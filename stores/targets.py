@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 import uuid
@@ -40,8 +39,6 @@ from stores.receipts import lengthen_receipts
 from stores.shards import FrameSet, LabelSet, ShardSet, is_dropped
 from stores.table import LENGTH, VideoRow, read_table, write_rows
 from stores.videos import VideoRecord
-
-log = logging.getLogger(__name__)
 
 Mode = Literal["r", "r+"]
 LOG_FOLDER: Final = "runs/log"

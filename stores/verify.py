@@ -16,7 +16,7 @@ import numpy as np
 
 from stores import schema
 from stores.codec import LIMIT, silence_codec_remark
-from stores.errors import DamagedStoreError
+from stores.errors import DamagedStoreError, TargetStoreError
 from stores.metadata import (
     METADATA,
     Metadata,
@@ -172,6 +172,9 @@ def _check_set(store: TargetStore, key: str, report: VerifyReport, *, repair: bo
     except DamagedStoreError as error:
         report.add(error.key, error.what)
         return
+    except TargetStoreError as error:
+        report.add(key, str(error))
+        return
     _check_arrays(store, shard_set, report)
     _check_keys(shard_set, objects, report)
     damaged = _check_shards(shard_set, objects, report)
@@ -196,10 +199,10 @@ def _check_arrays(store: TargetStore, shard_set: LabelSet | FrameSet, report: Ve
             report.add(key, "is not what the attributes of its group ask for")
     lengths = []
     for array in shard_set.array_names:
-        with suppress(DamagedStoreError):  # which was found above
+        with suppress(TargetStoreError):  # which was found above
             lengths.append(read_length(store.place, f"{shard_set.key}/{array}"))
     there = shard_set.receipts.shards()
-    if there and min(lengths, default=0) < there[-1] * shard_set.shard_frames:
+    if there and min(lengths, default=0) < (there[-1] + 1) * shard_set.shard_frames:
         report.add(shard_set.key, "has shards beyond the end of an array")
     owned = {
         shard
@@ -239,35 +242,39 @@ def _check_shards(
         for begin in range(0, len(work), READ_AHEAD):
             batch = work[begin : begin + READ_AHEAD]
             found = pool.map(lambda item: _check_shard(shard_set, *item), batch)
-            for (shard, name), what in zip(batch, found, strict=True):
+            for (shard, name), (what, is_damaged) in zip(batch, found, strict=True):
                 key = shard_set.shard_key(name, shard)
                 if what:
-                    damaged.add(shard)
                     report.add(key, what)
+                if is_damaged:
+                    damaged.add(shard)
                 report.objects += 1
                 report.bytes += objects.get(key, 0)
                 progress.advance()
     return sorted(damaged)
 
 
-def _check_shard(shard_set: ShardSet, shard: int, name: str) -> str:
-    """Return what is wrong with a shard of an array, or nothing."""
+def _check_shard(shard_set: ShardSet, shard: int, name: str) -> tuple[str, bool]:
+    """Return what is wrong with a shard of an array, or nothing, and whether it is damage.
+
+    That a network or a disk gives no answer says nothing of the shard: its receipt stays.
+    """
     receipt = shard_set.receipts[shard]
     try:
         data = shard_set.store.place.read(shard_set.shard_key(name, shard))
     except FileNotFoundError:
-        return "is gone, though its receipt is there"
+        return "is gone, though its receipt is there", True
     except OSError as error:
-        return f"cannot be read: {error}"
+        return f"cannot be read: {error}", False
     if hashlib.sha256(data).digest() != receipt.digests[shard_set.array_names.index(name)]:
-        return "is not what its receipt says: damaged or exchanged"
+        return "is not what its receipt says: damaged or exchanged", True
     try:
         values = shard_set.formats[name].unpack(data)
     except ValueError as error:
-        return f"cannot be unpacked: {error}"
+        return f"cannot be unpacked: {error}", True
     if isinstance(shard_set, LabelSet) and not (np.abs(values) <= LIMIT).all():
-        return f"holds values beyond +-{LIMIT:g}"
-    return ""
+        return f"holds values beyond +-{LIMIT:g}", True
+    return "", False
 
 
 def _check_receipts(
@@ -300,8 +307,8 @@ def _check_receipts(
 def _metadata(place: Place, key: str, report: VerifyReport) -> Metadata | None:
     try:
         return read_metadata(place, key)
-    except DamagedStoreError as error:
-        report.add(key, error.what)
+    except TargetStoreError as error:
+        report.add(key, error.what if isinstance(error, DamagedStoreError) else str(error))
         return None
 
 

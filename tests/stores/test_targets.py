@@ -27,6 +27,7 @@ from stores.errors import (
     VideoNotLabelledError,
 )
 from stores.maps import MapLayout, MapSpec
+from stores.receipts import Receipt
 from stores.shard_file import ZstdPacking
 from stores.shards import LabelSet
 from stores.targets import TargetStore
@@ -116,6 +117,14 @@ def test_receipt_is_the_hash_of_the_file(store: TargetStore, labels: LabelSet) -
     for name, digest in zip(labels.array_names, receipt.digests, strict=True):
         file = Path(store.url) / labels.shard_key(name, receipt.shard)
         assert hashlib.sha256(file.read_bytes()).digest() == digest
+
+
+def test_receipt_beyond_the_end_is_refused(labels: LabelSet) -> None:
+    end = labels.store.num_frames // labels.shard_frames
+    for shard in (-1, end):
+        with pytest.raises(ValueError, match="beyond the end"):
+            labels.commit([Receipt(shard, (bytes([1]) * 32,) * 2)])
+    assert len(TargetStore.open(labels.store.url).label_set(labels.name).receipts) == 0
 
 
 def test_last_shard_is_filled_up_but_not_read(store: TargetStore, labels: LabelSet) -> None:

@@ -175,6 +175,31 @@ def test_set_in_the_making_is_no_problem_but_one_whose_group_is_gone_is(path: Pa
     assert (problem.key, problem.what) == (group.relative_to(path).as_posix(), "is gone")
 
 
+@pytest.mark.parametrize("pattern", [SHARD, "labels/*/receipts/c/0/0/0"])
+def test_what_gives_no_answer_is_named_and_not_taken_back(path: Path, pattern: str) -> None:
+    """A network that is away for a moment must not cost receipts."""
+    file = one(path, pattern)
+    content = file.read_bytes()
+    file.unlink()
+    file.mkdir()  # reading it is an error, but not that it is gone
+    report = verify_store(path, repair=True)
+    assert any("cannot" in problem.what for problem in report.problems)
+    assert report.repaired == 0
+    file.rmdir()
+    file.write_bytes(content)
+    assert verify_store(path).problems == []
+    assert len(TargetStore.open(path).label_set("toy").receipts) == 4
+
+
+def test_array_that_ends_before_its_shards_is_found(path: Path) -> None:
+    file = one(path, "labels/*/maps_8x8/zarr.json")
+    metadata = json.loads(file.read_text())
+    metadata["shape"][0] = 256  # b lies behind
+    file.write_text(json.dumps(metadata))
+    (problem,) = verify_store(path).problems
+    assert problem.what == "has shards beyond the end of an array"
+
+
 def test_length_that_is_damaged_is_found_at_once(path: Path) -> None:
     for pattern in ("labels/*/receipts/zarr.json", "videos/first/zarr.json"):
         file = one(path, pattern)
