@@ -93,14 +93,41 @@ def cli(*, verbose: bool) -> None:
 
 
 @cli.command("distill")
-@click.argument("videos", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--teacher", type=click.Choice(TEACHER_NAMES), required=True, help="Who labels.")
+@click.argument("videos", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--videos-from",
+    "lists",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="List of videos: a path in each line, or a .csv with columns path and id.",
+)
+@click.option(
+    "--teacher",
+    required=True,
+    help=f"Who labels: {', '.join(TEACHER_NAMES)}, or your own as package.module:factory.",
+)
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The teacher's weights, if it has any.",
+)
 @click.option("--store", type=StorePlace(), required=True, help="Store to fill; made if needed.")
 @click.option("--size", type=Size(), help="Frames fed to the teacher.  [default: as published]")
 @click.option("--with-frames", type=Size(), help="Keep the frames too, at a student's size.")
-@click.option("--actors", type=click.IntRange(min=1), help="Workers.  [default: what CPUs allow]")
+@click.option("--actors", type=click.IntRange(min=1), help="Workers.  [default: what fits]")
 @click.option("--cpus-per-actor", type=click.IntRange(min=1), default=1, help="Threads of each.")
+@click.option(
+    "--gpus-per-actor",
+    type=click.FloatRange(min=0),
+    help="GPUs of each; 0.5 lets two share one.  [default: 1 if there is a GPU here, else 0]",
+)
 @click.option("--batch", type=click.IntRange(min=1), help="Windows at once.  [default: teacher's]")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    help="What the teacher computes in; --calibrate says how far the lower ones drift.",
+)
 @click.option(
     "--shard-frames",
     type=click.Choice(["16", "32", "64", "128", "256"]),
@@ -111,9 +138,9 @@ def cli(*, verbose: bool) -> None:
 )
 @click.option(
     "--variant",
-    type=click.Choice(["identity", "hflip"]),
+    type=click.Choice(["identity", "hflip", "both"]),
     default="identity",
-    help="hflip: the teacher sees mirrored frames; a label set of its own.",
+    help="hflip: the teacher sees mirrored frames, a label set of its own; both decodes once.",
 )
 @click.option(
     "--blocks-per-video",
@@ -139,11 +166,24 @@ def cli(*, verbose: bool) -> None:
     help="Where workers run; inline: one, in this process.",
 )
 @click.option("--address", help="Ray cluster to use.  [default: one of its own on this machine]")
-def distill_command(videos: tuple[Path, ...], store: str, **options: Any) -> None:  # noqa: ANN401
+@click.option("--retry-failed", is_flag=True, help="Try again what failed in earlier runs, too.")
+@click.option(
+    "--hang-seconds",
+    type=click.FloatRange(min=1),
+    default=600.0,
+    help="Stop a worker that gets nothing done for so long, and try elsewhere.",
+)
+def distill_command(
+    videos: tuple[Path, ...],
+    lists: tuple[Path, ...],
+    store: str,
+    **options: Any,  # noqa: ANN401 - fields of DistillSettings
+) -> None:
     """Label VIDEOS, files or folders, with a teacher and keep its soft targets.
 
     What is in the store already is not done again: a stopped run is continued by the same command.
-    Exits with 3 if some videos could not be labelled.
+    Interrupted once, it finishes what is begun; twice, it stops at once. Exits with 3 if some
+    videos could not be labelled; what failed is tried again with --retry-failed.
 
     \b
     Example:
@@ -153,6 +193,8 @@ def distill_command(videos: tuple[Path, ...], store: str, **options: Any) -> Non
 
     from distill import Budget, DistillSettings, label_videos
 
+    if not (videos or lists):
+        raise click.UsageError("name VIDEOS, or a list of them with --videos-from")
     blocks, seed = options.pop("blocks_per_video"), options.pop("seed")
     shard_frames = options.pop("shard_frames")
     if blocks is not None and shard_frames not in (None, "16"):
@@ -163,10 +205,12 @@ def distill_command(videos: tuple[Path, ...], store: str, **options: Any) -> Non
         grid_step=float(Fraction(options.pop("grid_step"))),
         **options,
     )
-    report = label_videos(videos, store, settings)
+    report = label_videos(videos, store, settings, lists=lists)
     click.echo(report)
-    for failure in report.failures:
-        click.echo(f"  failed: {failure.video}: {failure.reason}")
+    for line in sorted({f"  failed: {item.video}: {item.reason}" for item in report.failures}):
+        click.echo(line)
+    if report.passed_over:
+        click.echo("  of these, what failed before was not tried again; do so with --retry-failed")
     if report.failures:
         sys.exit(EXIT_SOME_FAILED)
 

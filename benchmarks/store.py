@@ -33,12 +33,13 @@ import torch.nn.functional as F
 
 from stores import schema
 from stores.codec import GRID_STEP, kl_error_bound
+from stores.decode import decode_video
 from stores.frames import resize_frames
 from stores.maps import MapLayout, MapSpec
 from stores.shard_file import GridPacking
 from stores.shards import LabelSet
 from stores.targets import TargetStore
-from stores.videos import VideoRecord, decode_video
+from stores.videos import VideoRecord
 from student.config import CLIP_FRAMES, build_config
 from student.reference import import_weights, read_weights
 from student.tinyhd import normalise_frames
@@ -252,7 +253,7 @@ def _make_store(path: Path, maps: Maps) -> LabelSet:
     request = schema.LabelRequest(teacher="bench", provenance={"window": 1}, layout=layout)
     store = TargetStore.create(path)
     store.add_videos([VideoRecord("v", "/", "v", b"\1" * 32, len(maps), HEIGHT, WIDTH, 25.0)])
-    labels = store.ensure_label_set(request, {})
+    labels = store.ensure_set(request, {})
     video = store.video("v")
     for shard in labels.shards(video):
         span = labels.frames_of(shard, video)
@@ -288,8 +289,10 @@ def _pqft_maps(number: int) -> Maps:
     maps = []
     for start in range(0, len(frames), 16):
         span = range(start, min(start + 16, len(frames)))
-        first = teacher.context_of(span).start
-        planes = teacher.label(prepared[first : span.stop], first=first, span=span)
+        first = teacher.context_of(span, len(prepared)).start
+        planes = teacher.label(
+            prepared[first : span.stop], first=first, span=span, num_frames=len(prepared)
+        )
         size = (HEIGHT // 2, WIDTH // 2)
         resized = [F.interpolate(plane, size, mode="bilinear") for plane in planes.values()]
         maps.append(torch.cat(resized, 1))

@@ -14,12 +14,13 @@ from typing import Any, Final
 
 import torch
 
-from distill.run import DistillSettings, label_videos
+from distill.run import label_videos
+from distill.settings import DistillSettings
+from stores.decode import Frame, decode_video
 from stores.errors import VideoError
 from stores.maps import render_maps
 from stores.shards import LabelSet
 from stores.targets import TargetStore
-from stores.videos import Frame, decode_video
 from student.checkpoints import load_model
 from student.clips import Batch, ClipDataset, ClipKey, load_batches, split_clips
 from student.config import build_config
@@ -111,13 +112,13 @@ def run_demo(out: Path, config: TrainConfig = CONFIG) -> DemoReport | None:
     seconds["distill"] = round(time.monotonic() - began, 1)
 
     began = time.monotonic()
-    state = train(store, run, config, labels=labelled.label_set)
+    state = train(store, run, config, labels=labelled.label_sets[0])
     seconds["train"] = round(time.monotonic() - began, 1)
     if not state.is_complete:
         return None
 
     began = time.monotonic()
-    labels = TargetStore.open(store).label_set(labelled.label_set)
+    labels = TargetStore.open(store).label_set(labelled.label_sets[0])
     report = _score_and_draw(out, labels, run, config, state, seconds)
     seconds["score and draw"] = round(time.monotonic() - began, 1)
     _save_json(out / "report.json", asdict(report))

@@ -4,73 +4,201 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Self
 
-from distill.label import ShardDone
-from distill.plan import Failure, Task
-from distill.worker import Event, LabelWorker, WorkerSettings
+from distill.events import (
+    Event,
+    Failure,
+    Labelled,
+    Retry,
+    ShardDone,
+    Stumble,
+    WorkerEvent,
+    failure_of,
+)
+from distill.plan import Task, Unit
+from distill.worker import LabelWorker, WorkerError, WorkerInfo, WorkerSettings
+from stores.errors import TargetStoreError
 
 log = logging.getLogger(__name__)
 
 TRIES: Final = 3
 POLL_SECONDS: Final = 0.5
-OBJECT_STORE_BYTES: Final = 80 * 1024**2
-"""Ray's smallest: only paths and receipts pass through it."""
+WAIT_SECONDS: Final = 60.0
+"""Between two remarks that Ray does not start a worker."""
+DEATH_SECONDS: Final = 10.0
+"""How long a killed process of this machine is waited for."""
+HANG_SECONDS: Final = 600.0
+"""A worker that gets nothing done for so long is taken to hang."""
+ALL: Final = 2**31
+OBJECT_STORE_BYTES: Final = 256 * 2**20
+"""Of a Ray of our own; only paths and receipts pass through it."""
+PACKAGES: Final = ("distill", "stores", "student", "teachers")
 
 
-class Executor(Protocol):
-    """Does tasks and says what came of them."""
+@dataclass
+class _Attempt:
+    """A task in a worker's hands."""
 
-    def run(self, tasks: Sequence[Task]) -> Generator[Event | None]:
-        """Yield events as they come, and nothing now and then so that time can be looked at."""
+    task: Task
+    done: set[tuple[int, str]] = field(default_factory=set)
+    """Shard and set of what is done."""
+    labelled: int = 0
+    """Frames of units that are not done."""
+
+    def note(self, event: WorkerEvent) -> None:
+        """Remember what a worker told."""
+        if isinstance(event, ShardDone):
+            self.done.add((event.receipt.shard, event.set))
+        if isinstance(event, Labelled):
+            self.labelled += event.num_frames
+        elif isinstance(event, ShardDone) and event.set.startswith("labels/"):
+            self.labelled -= event.num_frames
+
+    @property
+    def left(self) -> list[Unit]:
+        """Units of which something is not done, and only that of them."""
+        units = []
+        for unit in self.task.units:
+            keys = tuple(key for key in unit.sets if (unit.shard, key) not in self.done)
+            if keys:
+                units.append(Unit(unit.shard, keys))
+        return units
 
 
-class InlineExecutor:
-    """One worker in this very process, for debugging and for machines without Ray."""
+class Executor(ABC):
+    """Does tasks and says what came of them; use in a ``with``.
+
+    A task that a worker could not finish is tried again: first the unit that may be at fault,
+    alone, then the rest. After three tries a unit is a failure, and the others go on.
+    """
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
+        self._waiting: deque[Task] = deque()
+        self._tries: dict[tuple[int, int], int] = {}  # of a unit, by first frame and shard
+        self._store_tries = 0
+        self._is_draining = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.drain()
+
+    @abstractmethod
+    def run(self, tasks: Sequence[Task]) -> Generator[Event | None]:
+        """Yield events as they come, and nothing now and then so that time can be looked at.
+
+        Raises:
+            WorkerError: If no worker can start, or all would fail.
+        """
+
+    def drain(self) -> None:
+        """Begin no unit any more; what is being done is finished."""
+        self._is_draining = True
+        self._waiting.clear()
+
+    def _recover(self, attempt: _Attempt, stumble: Stumble) -> Iterator[Retry | Failure | Labelled]:
+        """Put what is left of an attempt back, or give it up."""
+        if attempt.labelled:
+            yield Labelled(-attempt.labelled)
+        task, left = attempt.task, attempt.left
+        if stumble.blame == "run":
+            self._store_tries += 1
+            if stumble.is_final or self._store_tries >= TRIES:
+                raise WorkerError(stumble.reason)
+        if not left:
+            return
+        if stumble.blame == "video":
+            yield failure_of(task, tuple(left), stumble, 1)
+            return
+        suspect, *rest = left
+        name = (task.video.first, suspect.shard)
+        tries = self._tries[name] = self._tries.get(name, 0) + 1
+        if rest and not self._is_draining:
+            self._waiting.append(task.with_units(rest))
+        if stumble.is_final or tries >= TRIES:
+            yield failure_of(task, (suspect,), stumble, tries)
+        elif not self._is_draining:
+            self._waiting.appendleft(task.with_units([suspect]))
+            yield Retry(task.video.id, tries, stumble.reason)
+
+
+class InlineExecutor(Executor):
+    """One worker in this very process, for debugging and for machines without Ray."""
+
+    _worker: LabelWorker | None = None
 
     def run(self, tasks: Sequence[Task]) -> Generator[Event | None]:
         import torch
 
         threads = torch.get_num_threads()
+        self._waiting.extend(tasks)
         try:
-            worker = LabelWorker(self._settings)  # sets its own number of threads
-            for task in tasks:
-                try:
-                    yield from worker.run(task)
-                except Exception as error:  # as an actor may fail in any way, and others go on
-                    yield Failure(task.video.id, _last_line(error))
+            self._worker = LabelWorker(self._settings)
+            self._worker.start()  # sets its own number of threads
+            while self._waiting:
+                attempt = _Attempt(self._waiting.popleft())
+                for events in self._worker.run(attempt.task):
+                    for event in events:
+                        attempt.note(event)
+                        if isinstance(event, Stumble):
+                            yield from self._recover(attempt, event)
+                        else:
+                            yield event
+                    yield None
         finally:
             torch.set_num_threads(threads)
 
-
-@dataclass
-class _Attempt:
-    """A task and what happened to it so far."""
-
-    task: Task
-    tries: int = 0
-    done: dict[str, set[int]] = field(default_factory=lambda: {"labels": set(), "frames": set()})
+    def drain(self) -> None:
+        super().drain()
+        if self._worker is not None:
+            self._worker.give_up(ALL)
 
 
-class RayExecutor:
+class _Actor:
+    """A Ray actor and what it is at."""
+
+    def __init__(self, handle: Any) -> None:  # noqa: ANN401 - an actor handle
+        self.handle = handle
+        self.starting: Any = handle.start.remote()
+        self.info: WorkerInfo | None = None
+        self.attempt: _Attempt | None = None
+        self.events: Any = None  # the stream of the attempt
+        self.giving: Any = None  # the answer to come of give_up
+        self.has_nothing_to_give = 0  # units that were left when it last said so
+        self.heard_at = time.monotonic()
+
+    @property
+    def is_idle(self) -> bool:
+        return self.info is not None and self.attempt is None and self.events is None
+
+    @property
+    def awaited(self) -> list[Any]:
+        """What Ray is to be asked about."""
+        return [ref for ref in (self.starting, self.events, self.giving) if ref is not None]
+
+
+class RayExecutor(Executor):
     """Long-lived Ray actors, each with the teacher loaded once.
-
-    A task whose actor dies is given to another one, three times in all, less the shards whose
-    receipts had already arrived.
 
     Args:
         settings: What each worker is.
-        actors: How many; as many as the CPUs allow if not given.
+        actors: How many; as many as CPUs and GPUs allow if not given.
         cpus_per_actor: CPUs that Ray sets aside for each.
+        gpus_per_actor: GPUs that Ray sets aside for each; a half means that two share one.
         address: A running cluster; a local Ray is started, and stopped, if not given.
+        hang_seconds: Time without anything done after which a worker is killed.
+        worker: The class of the actors.
     """
 
     def __init__(
@@ -78,96 +206,225 @@ class RayExecutor:
         settings: WorkerSettings,
         *,
         actors: int | None,
-        cpus_per_actor: int,
+        cpus_per_actor: int = 1,
+        gpus_per_actor: float = 0.0,
         address: str | None = None,
+        hang_seconds: float = HANG_SECONDS,
+        worker: type[Any] = LabelWorker,
     ) -> None:
-        self._settings = settings
-        self._actors, self._cpus, self._address = actors, cpus_per_actor, address
+        super().__init__(settings)
+        self._number = actors
+        self._cpus, self._gpus = cpus_per_actor, gpus_per_actor
+        self._address, self._hang_seconds = address, hang_seconds
+        self._worker = worker
+        self._crew: list[_Actor] = []
+        self._failed_starts = 0
+        self._waiting_since = time.monotonic()
+        self._is_ours = False
+
+    def __enter__(self) -> Self:
+        import ray
+
+        self._is_ours = not ray.is_initialized()
+        if self._is_ours:
+            start_ray(self._address)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        import ray
+
+        for actor in self._crew:
+            with suppress(ray.exceptions.RayError):
+                ray.kill(actor.handle)
+        self._crew.clear()
+        if self._is_ours:
+            ray.shutdown()
 
     def run(self, tasks: Sequence[Task]) -> Generator[Event | None]:
         import ray
 
-        is_ours = not ray.is_initialized()
-        if is_ours:
-            start_ray(self._address)
+        self._waiting.extend(tasks)
+        for _ in range(self._num_actors(sum(len(task.units) for task in tasks))):
+            self._hire()
+        while self._waiting or any(actor.attempt for actor in self._crew):
+            self._hand_out()
+            self._share()
+            self._look_for_workers()
+            awaited = {ref: actor for actor in self._crew for ref in actor.awaited}
+            ready, _ = ray.wait(list(awaited), num_returns=1, timeout=POLL_SECONDS)
+            if ready:  # all that came meanwhile at once
+                ready, _ = ray.wait(list(awaited), num_returns=len(awaited), timeout=0)
+            for ref in ready:
+                if awaited[ref] in self._crew:
+                    yield from self._hear(awaited[ref], ref)
+            for actor in list(self._crew):
+                silence = time.monotonic() - actor.heard_at
+                if actor.attempt is not None and silence > self._hang_seconds:
+                    reason = (
+                        f"nothing was done for {self._hang_seconds:g} s and the worker was "
+                        "stopped; does the decoder or the teacher hang?"
+                    )
+                    yield from self._replace(actor, Stumble(reason, "", "unit"))
+            yield None
+
+    def drain(self) -> None:
+        super().drain()
+        for actor in self._crew:
+            if actor.attempt is not None:
+                actor.handle.give_up.remote(ALL)
+
+    def _hand_out(self) -> None:
+        for actor in self._crew:
+            if not self._waiting:
+                return
+            if actor.is_idle:
+                task = self._waiting.popleft()
+                actor.attempt, actor.heard_at = _Attempt(task), time.monotonic()
+                run = actor.handle.run.options(num_returns="streaming")
+                actor.events = run.remote(task)
+
+    def _share(self) -> None:
+        """Ask a busy worker for units that it has not begun, if another one has nothing to do."""
+        if self._waiting or self._is_draining or not any(actor.is_idle for actor in self._crew):
+            return
+        busy = [actor for actor in self._crew if actor.attempt is not None]
+        if not busy or any(actor.giving is not None for actor in busy):
+            return
+        left = {actor: len(actor.attempt.left) for actor in busy if actor.attempt is not None}
+        actor = max(left, key=lambda actor: left[actor])
+        if left[actor] > 1 and left[actor] != actor.has_nothing_to_give:
+            actor.giving = actor.handle.give_up.remote(left[actor] // 2)
+
+    def _look_for_workers(self) -> None:
+        """Say so if Ray starts no worker.
+
+        Raises:
+            WorkerError: If there is none and none to come.
+        """
+        if not self._crew:
+            raise WorkerError("all workers failed to start")
+        if any(actor.info for actor in self._crew):
+            self._waiting_since = time.monotonic()
+        elif time.monotonic() - self._waiting_since > WAIT_SECONDS:
+            self._waiting_since = time.monotonic()
+            log.warning(
+                "waiting for Ray to start a worker with %d CPUs and %g GPUs; is there one free?",
+                *(self._cpus, self._gpus),
+            )
+
+    def _hear(self, actor: _Actor, ref: Any) -> Iterator[Event]:  # noqa: ANN401 - a reference
+        """Take what an actor has to say."""
+        import ray
+
         try:
-            yield from self._run(tasks)
-        finally:
-            if is_ours:
-                ray.shutdown()
+            if ref is actor.starting:
+                actor.info, actor.starting = ray.get(ref), None
+                self._failed_starts = 0
+            elif ref is actor.giving:
+                actor.giving = None
+                self._take_over(actor, ray.get(ref))
+            elif ref is actor.events:
+                events = ray.get(next(ref))
+                actor.heard_at = time.monotonic()
+                yield from self._note(actor, events)
+        except StopIteration:
+            if actor.attempt is not None and actor.attempt.left and not self._is_draining:
+                yield from self._replace(actor, Stumble("a worker ended too early", "", "unit"))
+            actor.attempt = actor.events = None
+        except ray.exceptions.RayError as error:
+            if actor.info is None:
+                yield from self._start_again(actor, error)
+            else:
+                yield from self._replace(actor, Stumble(_reason(error), str(error), "unit"))
 
-    def _run(self, tasks: Sequence[Task]) -> Generator[Event | None]:
+    def _note(self, actor: _Actor, events: Sequence[WorkerEvent]) -> Iterator[Event]:
+        for event in events:
+            attempt = actor.attempt
+            if attempt is None:
+                return
+            attempt.note(event)
+            if not isinstance(event, Stumble):
+                yield event
+            elif event.blame == "unit" and not event.is_final:
+                yield from self._replace(actor, event)  # who knows what state it is in
+            else:
+                actor.attempt = None
+                yield from self._recover(attempt, event)
+
+    def _take_over(self, actor: _Actor, units: Sequence[Unit]) -> None:
+        attempt = actor.attempt
+        if attempt is None:
+            return
+        actor.has_nothing_to_give = 0 if units else len(attempt.left)
+        if not units:
+            return
+        given = {unit.shard for unit in units}
+        task = attempt.task
+        attempt.task = task.with_units(u for u in task.units if u.shard not in given)
+        self._waiting.append(task.with_units(units))
+
+    def _replace(self, actor: _Actor, stumble: Stumble) -> Iterator[Event]:
+        """End an actor, and only then put its work back."""
+        self._end(actor)
+        if actor.attempt is not None:
+            yield from self._recover(actor.attempt, stumble)
+            actor.attempt = None
+        if not self._is_draining:
+            self._hire()
+
+    def _start_again(self, actor: _Actor, error: Exception) -> Iterator[Event]:
+        self._end(actor)
+        self._failed_starts += 1
+        reason = _reason(error)
+        if self._failed_starts >= TRIES and not any(other.info for other in self._crew):
+            raise WorkerError(f"no worker can start: {reason}")
+        log.warning("a worker could not start: %s", reason)
+        if self._failed_starts < TRIES * max(1, len(self._crew)):
+            self._hire()
+        return iter(())
+
+    def _hire(self) -> None:
         import ray
 
-        waiting = deque(_Attempt(task) for task in tasks)
-        running: dict[Any, tuple[Any, _Attempt]] = {}  # stream of events -> actor, attempt
-        idle = [self._new_actor() for _ in range(self._num_actors(len(tasks)))]
-        while waiting or running:
-            while waiting and idle:
-                actor, attempt = idle.pop(), waiting.popleft()
-                attempt.tries += 1
-                left = attempt.task.without(attempt.done["labels"], attempt.done["frames"])
-                events = actor.run.options(num_returns="streaming").remote(left)
-                running[events] = (actor, attempt)
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-            if not ready:
-                yield None
-            for events in ready:
-                actor, attempt = running[events]
-                try:
-                    event: Event = ray.get(next(events))
-                except StopIteration:
-                    del running[events]
-                    idle.append(actor)
-                except ray.exceptions.RayError as error:
-                    del running[events]
-                    # Killed first, so that nobody else writes what another actor will write.
-                    with suppress(ray.exceptions.RayError):
-                        ray.kill(actor)
-                    idle.append(self._new_actor())
-                    yield from self._try_again(attempt, waiting, error)
-                else:
-                    if isinstance(event, ShardDone):
-                        attempt.done[event.kind].add(event.receipt.shard)
-                    yield event
+        # Two threads: one works, the other answers when units are asked for.
+        options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_concurrency": 2}
+        worker = ray.remote(self._worker).options(**options)
+        self._crew.append(_Actor(worker.remote(self._settings)))
 
-    def _try_again(
-        self, attempt: _Attempt, waiting: deque[_Attempt], error: Exception
-    ) -> Iterator[Failure]:
-        reason = _last_line(error)
-        if attempt.tries < TRIES:
-            log.warning("%s: try %d failed: %s", attempt.task.video.id, attempt.tries, reason)
-            waiting.append(attempt)
-        else:
-            yield Failure(attempt.task.video.id, f"failed {TRIES} times, at last with: {reason}")
-
-    def _new_actor(self) -> Any:  # noqa: ANN401 - an actor handle
+    def _end(self, actor: _Actor) -> None:
+        """Kill an actor; one of this machine is gone when this returns."""
         import ray
 
-        worker = ray.remote(LabelWorker).options(num_cpus=self._cpus)
-        return worker.remote(self._settings)
+        self._crew.remove(actor)
+        with suppress(ray.exceptions.RayError):
+            ray.kill(actor.handle)
+        if actor.info is not None and actor.info.host == platform.node():
+            deadline = time.monotonic() + DEATH_SECONDS
+            while _is_running(actor.info.pid) and time.monotonic() < deadline:
+                time.sleep(0.01)
 
-    def _num_actors(self, num_tasks: int) -> int:
+    def _num_actors(self, num_units: int) -> int:
+        """Return how many actors there should be.
+
+        Raises:
+            ValueError: If this machine cannot hold them.
+        """
         import ray
 
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        if self._cpus > cpus:
+        there = ray.cluster_resources()
+        most = min(
+            int(there.get(name, 0) / each)
+            for name, each in (("CPU", self._cpus), ("GPU", self._gpus))
+            if each
+        )
+        if self._address is None and (most < 1 or most < (self._number or 1)):
             raise ValueError(
-                f"an actor with {self._cpus} CPUs does not fit into {cpus}; "
-                f"use --cpus-per-actor {cpus} or less"
+                f"{self._number or 1} actors with {self._cpus} CPUs and {self._gpus:g} GPUs each "
+                f"do not fit into {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs; "
+                + (f"use --actors {most}" if most else "lower --cpus-per-actor, --gpus-per-actor")
             )
-        most = cpus // self._cpus
-        if self._actors is not None and self._actors > most:
-            raise ValueError(
-                f"{self._actors} actors with {self._cpus} CPUs each do not fit into {cpus} CPUs; "
-                f"use --actors {most}"
-            )
-        return min(self._actors or most, num_tasks)
-
-
-def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+        # A cluster may grow.
+        return min(self._number or max(1, most), num_units)
 
 
 def start_ray(address: str | None) -> None:
@@ -176,10 +433,19 @@ def start_ray(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
+    is_verbose = log.isEnabledFor(logging.DEBUG)
+    quiet: dict[str, Any] = {}
+    if not is_verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     if address is not None:
-        ray.init(address=address, **quiet)
+        # Every machine works with the code of this one, installed there or not.
+        here = Path(__file__).resolve().parent.parent
+        ray.init(
+            address=address,
+            runtime_env={"py_modules": [str(here / name) for name in PACKAGES]},
+            **quiet,
+        )
         return
     with _importable_by_children():
         ray.init(
@@ -188,6 +454,23 @@ def start_ray(address: str | None) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why Ray could not do something."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, ValueError | TargetStoreError | WorkerError):
+        return str(cause)
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 @contextmanager

@@ -1,194 +1,283 @@
-"""One video through one teacher: decode once, fill shards. There is no Ray in it."""
+"""One video through one teacher: decode once, label, write shards. There is no Ray in it."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from distill.plan import Task
+from distill.events import Labelled, ShardDone
+from distill.plan import Task, Unit
 from stores.ahead import read_ahead
-from stores.errors import VideoError
+from stores.decode import Frame, FrameIndex, Reader, decode_spans
+from stores.errors import TinyHDError, VideoError
 from stores.frames import resize_frames
-from stores.receipts import Receipt
+from stores.schema import Variant
 from stores.shards import FrameSet, LabelSet, ShardSet
 from stores.table import VideoRow
-from stores.videos import Frame, Reader, decode_video, hash_file
+from stores.videos import FileStamp, hash_file
 from teachers.base import Teacher
 
-READ_AHEAD_FRAMES: Final = 32
+log = logging.getLogger(__name__)
+
+READ_AHEAD_FRAMES: Final = 64
+SHARDS_BEING_WRITTEN: Final = 2
+"""Shards that are packed and written while the teacher looks at the next one."""
+
+Views = Mapping[str, Frame]
+"""A frame as each set of shards needs it, by the set's key."""
 
 
-@dataclass(frozen=True)
-class ShardDone:
-    """A shard that lies on the disk and waits for its receipt to be committed."""
-
-    video: str
-    kind: Literal["labels", "frames"]
-    receipt: Receipt
-    num_frames: int
+class TeacherMemoryError(TinyHDError):
+    """A teacher does not fit into the memory of its device."""
 
 
-class ShardFiller(ABC):
-    """Fill the missing shards of one video and one shard set from frames that come in order.
+@dataclass
+class Times:
+    """Where a worker's time goes."""
 
-    Subclasses say which frames a shard needs and what its values are.
+    teacher_seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+
+class FrameBuffer:
+    """Frames of a video in order; those that may be needed again are kept.
+
+    Args:
+        decoded: Numbers and views, in ascending order.
+        times: Waiting for frames is added here.
     """
 
-    kind: Literal["labels", "frames"]
+    def __init__(self, decoded: Iterator[tuple[int, Views]], times: Times) -> None:
+        self._decoded, self._times = decoded, times
+        self._kept: dict[int, Views] = {}
 
-    def __init__(self, shard_set: ShardSet, video: VideoRow, shards: Sequence[int]) -> None:
-        self._set, self._video = shard_set, video
-        self._left = sorted(shards, reverse=True)
-        if self._left:
-            self.begin_shard(self._set.frames_of(self._left[-1], video))
+    def get(self, span: range, key: str) -> npt.NDArray[np.uint8]:
+        """Return a set's view of frames, ``(len(span), height, width, 3)``.
 
-    @property
-    def is_done(self) -> bool:
-        return not self._left
+        Raises:
+            VideoError: If the video ends before they do.
+        """
+        began = time.monotonic()
+        while span[-1] not in self._kept:
+            number, views = next(self._decoded)
+            self._kept[number] = views
+        self._times.waited_seconds += time.monotonic() - began
+        return np.stack([self._kept[number][key] for number in span])
 
-    def feed(self, index: int, frame: Frame) -> Iterator[ShardDone]:
-        """Take frame ``index`` of the video; yield the shard that it completes, if it does."""
-        if self.is_done:
-            return
-        span = self._set.frames_of(self._left[-1], self._video)
-        self.take(index, frame)
-        if index + 1 < span.stop:
-            return
-        shard = self._left.pop()
-        receipt = self._set.write_shard(shard, self.end_shard(), self._video)
-        yield ShardDone(self._video.id, self.kind, receipt, len(span))
-        if self._left:
-            self.begin_shard(self._set.frames_of(self._left[-1], self._video))
-
-    @abstractmethod
-    def begin_shard(self, span: range) -> None:
-        """Get ready for the frames of a shard."""
-
-    @abstractmethod
-    def take(self, index: int, frame: Frame) -> None:
-        """Look at a frame; it may lie before the shard's span, never behind it."""
-
-    @abstractmethod
-    def end_shard(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the values of the span by array."""
-
-
-class LabelFiller(ShardFiller):
-    """Have a teacher label frames, in batches whose composition starts anew at every shard."""
-
-    kind = "labels"
-
-    def __init__(
-        self,
-        labels: LabelSet,
-        video: VideoRow,
-        shards: Sequence[int],
-        *,
-        teacher: Teacher,
-        batch: int,
-    ) -> None:
-        self._teacher, self._batch = teacher, batch
-        self._is_mirrored = labels.request.variant == "hflip"
-        self._frames: list[Frame] = []
-        self._first = 0  # index of self._frames[0] in the video
-        super().__init__(labels, video, shards)
-
-    def begin_shard(self, span: range) -> None:
-        self._todo = span
-        self._planes: dict[str, list[npt.NDArray[np.float32]]] = {}
-        self._forget_before(self._teacher.context_of(span).start)
-
-    def take(self, index: int, frame: Frame) -> None:
-        if index < self._teacher.context_of(self._todo).start:
-            return
-        if not self._frames:
-            self._first = index
-        if self._is_mirrored:
-            frame = np.ascontiguousarray(frame[:, ::-1])
-        self._frames.append(self._teacher.resize(frame))
-        batch = self._todo[: self._batch]
-        if index + 1 < batch.stop:
-            return
-        prepared = self._teacher.prepare(np.stack(self._frames))
-        labelled = self._teacher.label(prepared, first=self._first, span=batch)
-        for name, planes in labelled.items():
-            self._planes.setdefault(name, []).append(planes.float().cpu().numpy())
-        self._todo = self._todo[len(batch) :]
-        self._forget_before(self._teacher.context_of(range(batch.stop, batch.stop + 1)).start)
-
-    def end_shard(self) -> dict[str, npt.NDArray[Any]]:
-        return {name: np.concatenate(batches) for name, batches in self._planes.items()}
-
-    def _forget_before(self, index: int) -> None:
-        del self._frames[: max(0, index - self._first)]
-        self._first = max(self._first, index)
-
-
-class FrameFiller(ShardFiller):
-    """Keep the frames themselves, at a student's size."""
-
-    kind = "frames"
-
-    def __init__(self, frames: FrameSet, video: VideoRow, shards: Sequence[int]) -> None:
-        self._size = (frames.height, frames.width)
-        super().__init__(frames, video, shards)
-
-    def begin_shard(self, span: range) -> None:
-        self._span = span
-        self._frames: list[Frame] = []
-
-    def take(self, index: int, frame: Frame) -> None:
-        if index in self._span:
-            self._frames.append(resize_frames(frame[None], *self._size)[0])
-
-    def end_shard(self) -> dict[str, npt.NDArray[Any]]:
-        return {self._set.array_names[0]: np.stack(self._frames)}
+    def forget_before(self, number: int) -> None:
+        """Forget frames that nobody will ask for again."""
+        for kept in [kept for kept in self._kept if kept < number]:
+            del self._kept[kept]
 
 
 def label_video(
     task: Task,
     *,
     teacher: Teacher,
-    labels: LabelSet,
-    frames: FrameSet | None,
+    sets: Mapping[str, ShardSet],
     reader: Reader,
     batch: int,
-) -> Iterator[ShardDone]:
-    """Label the missing shards of a video and keep its frames where that is asked.
+    claim: Callable[[Unit], bool] = lambda unit: True,
+    times: Times | None = None,
+) -> Iterator[ShardDone | Labelled]:
+    """Label what a task misses, and keep frames where that is asked.
+
+    Batches have a composition that starts anew at every shard, so that a shard's bytes do not
+    depend on what was labelled before it. Where a batch does not fit into the device's memory, its
+    shard is begun anew with half of it.
+
+    Args:
+        task: What to do.
+        teacher: Who labels.
+        sets: Label sets and frame sets by key.
+        reader: Who decodes.
+        batch: Windows labelled together.
+        claim: Asked before each unit; at a no, what is left is somebody else's.
+        times: Where the time goes is added here.
 
     Yields:
-        Each shard as soon as it lies on the disk.
+        Each shard when it lies on the disk, and in between what went through the teacher.
 
     Raises:
-        VideoError: If the video cannot be decoded, or not to the length that it was planned with.
+        VideoError: If the video cannot be decoded, or is not the one that was planned with.
         TargetValueError: If the teacher's maps cannot be stored.
+        StoreWriteError: If the store cannot be written.
+        TeacherMemoryError: If not even one window fits into the device's memory.
     """
-    video = task.video
-    fillers: list[ShardFiller] = [
-        LabelFiller(labels, video, task.label_shards, teacher=teacher, batch=batch)
-    ]
-    if frames is not None:
-        fillers.append(FrameFiller(frames, video, task.frame_shards))
+    video, times = task.video, times or Times()
+    check_unchanged(video, task.stamp)
+    contexts = [_context(task, unit, sets, teacher) for unit in task.units]
+    decoded = decode_views(
+        video, _join(contexts), _viewers(sets, teacher), reader=reader, index=task.index
+    )
+    with (
+        closing(read_ahead(decoded, READ_AHEAD_FRAMES)) as frames,
+        ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+    ):
+        buffer = FrameBuffer(frames, times)
+        writing: deque[Future[ShardDone]] = deque()
+
+        def write(unit: Unit, key: str, data: dict[str, Any], fewer: int) -> ShardDone:
+            receipt = sets[key].write_shard(unit.shard, data, video)
+            return ShardDone(video.id, key, receipt, len(task.span(unit)), fewer)
+
+        for unit, context in zip(task.units, contexts, strict=True):
+            if not claim(unit):
+                break
+            buffer.forget_before(context.start)
+            span = task.span(unit)
+            for key in unit.sets:
+                data: dict[str, npt.NDArray[Any]]
+                shard_set, used = sets[key], batch
+                if isinstance(shard_set, FrameSet):
+                    data = {shard_set.array_names[0]: buffer.get(span, key)}
+                else:
+                    data, used = yield from _label_shard(
+                        buffer, key, span, teacher, video.frames, batch, times
+                    )
+                fewer = used if used < batch else 0
+                writing.append(writer.submit(write, unit, key, data, fewer))
+                while writing and (writing[0].done() or len(writing) > SHARDS_BEING_WRITTEN):
+                    yield writing.popleft().result()
+        for future in writing:
+            yield future.result()
+
+
+def _label_shard(
+    buffer: FrameBuffer,
+    key: str,
+    span: range,
+    teacher: Teacher,
+    num_frames: int,
+    batch: int,
+    times: Times,
+) -> Generator[Labelled, None, tuple[dict[str, npt.NDArray[Any]], int]]:
+    """Return a shard's planes by array, and the batch that fitted into memory."""
+    while True:
+        parts: list[dict[str, npt.NDArray[np.float32]]] = []
+        done = 0
+        try:
+            for planes in label_span(
+                buffer, key, span, teacher, num_frames=num_frames, batch=batch, times=times
+            ):
+                parts.append(planes)
+                count = len(next(iter(planes.values())))
+                done += count
+                yield Labelled(count)
+        except torch.OutOfMemoryError as error:
+            if batch == 1:
+                raise TeacherMemoryError(
+                    f"one window of {teacher.spec.name} does not fit into the memory of "
+                    f"{teacher.device}; use a smaller --size or another device"
+                ) from error
+            if done:
+                yield Labelled(-done)
+            batch //= 2
+            log.warning("out of memory on %s: trying %d windows at once", teacher.device, batch)
+            torch.cuda.empty_cache()
+            continue
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, batch
+
+
+def label_span(
+    buffer: FrameBuffer,
+    key: str,
+    span: range,
+    teacher: Teacher,
+    *,
+    num_frames: int,
+    batch: int,
+    times: Times | None = None,
+) -> Iterator[dict[str, npt.NDArray[np.float32]]]:
+    """Yield a teacher's native planes by array for each batch of a span."""
+    for begin in range(span.start, span.stop, batch):
+        part = range(begin, min(begin + batch, span.stop))
+        context = teacher.context_of(part, num_frames)
+        frames = buffer.get(context, key)
+        began = time.monotonic()
+        prepared = teacher.prepare(frames)
+        labelled = teacher.label(prepared, first=context.start, span=part, num_frames=num_frames)
+        planes = {name: values.cpu().numpy() for name, values in labelled.items()}
+        if times is not None:
+            times.teacher_seconds += time.monotonic() - began
+        yield planes
+
+
+def decode_views(
+    video: VideoRow,
+    spans: Sequence[range],
+    viewers: Mapping[str, Callable[[Frame], Frame]],
+    *,
+    reader: Reader,
+    index: FrameIndex | None = None,
+) -> Iterator[tuple[int, Views]]:
+    """Yield frames of some spans of a video, each decoded once and seen by every viewer."""
+    size = (video.height, video.width)
+    for number, frame in decode_spans(video.absolute, spans, size=size, index=index, reader=reader):
+        yield number, {key: view(frame) for key, view in viewers.items()}
+
+
+def view_for(teacher: Teacher, variant: Variant) -> Callable[[Frame], Frame]:
+    """Return what brings a decoded frame to a teacher's input, mirrored first if it is to be."""
+
+    def mirrored(frame: Frame) -> Frame:
+        return teacher.resize(np.ascontiguousarray(frame[:, ::-1]))
+
+    return mirrored if variant == "hflip" else teacher.resize
+
+
+def check_unchanged(video: VideoRow, stamp: FileStamp | None) -> None:
+    """Make sure that a file is the video that was planned with.
+
+    A file of the same size and time of modification is taken to be; another one is read.
+
+    Raises:
+        VideoError: If it is not.
+    """
+    if stamp is not None and FileStamp.of(video.absolute) == stamp:
+        return
     if hash_file(video.absolute) != video.content_hash:
         raise VideoError(f"{video.absolute} has changed since it was probed; start again")
-    count = 0
-    with closing(
-        read_ahead(decode_video(video.absolute, reader=reader), READ_AHEAD_FRAMES)
-    ) as decoded:
-        for index, frame in enumerate(decoded):
-            count = index + 1
-            for filler in fillers:
-                yield from filler.feed(index, frame)
-            if all(filler.is_done for filler in fillers) and count < video.frames:
-                return
-    if count != video.frames:
-        raise VideoError(
-            f"{video.absolute} gave {count} frames, but {video.frames} when it was probed; "
-            "was it changed meanwhile?"
-        )
+
+
+def _viewers(sets: Mapping[str, ShardSet], teacher: Teacher) -> dict[str, Callable[[Frame], Frame]]:
+    viewers: dict[str, Callable[[Frame], Frame]] = {}
+    for key, shard_set in sets.items():
+        if isinstance(shard_set, LabelSet):
+            viewers[key] = view_for(teacher, shard_set.request.variant)
+        elif isinstance(shard_set, FrameSet):
+            viewers[key] = _view_at(shard_set.height, shard_set.width)
+    return viewers
+
+
+def _view_at(height: int, width: int) -> Callable[[Frame], Frame]:
+    return lambda frame: resize_frames(frame[None], height, width)[0]
+
+
+def _context(task: Task, unit: Unit, sets: Mapping[str, ShardSet], teacher: Teacher) -> range:
+    """Return the frames that must be at hand for a unit."""
+    span = task.span(unit)
+    if not any(isinstance(sets[key], LabelSet) for key in unit.sets):
+        return span
+    context = teacher.context_of(span, task.video.frames)
+    return range(min(span.start, context.start), max(span.stop, context.stop))
+
+
+def _join(spans: Sequence[range]) -> list[range]:
+    """Return ascending spans, joined where they touch."""
+    joined: list[range] = []
+    for span in spans:
+        if joined and span.start <= joined[-1].stop:
+            span = range(joined[-1].start, max(joined.pop().stop, span.stop))
+        joined.append(span)
+    return joined

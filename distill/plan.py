@@ -2,140 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stores.errors import VideoError
-from stores.progress import Progress
-from stores.shards import FrameSet, LabelSet, ShardSet
+from stores.decode import FrameIndex
+from stores.grid import ShardGrid
+from stores.schema import LabelRequest
+from stores.shards import Request, ShardSet
 from stores.table import VideoRow
-from stores.targets import TargetStore
-from stores.videos import Reader, VideoFile, VideoRecord, hash_file, probe_video
+from stores.videos import FileStamp
 
 CONTEXT_FRAMES: Final = 15
 """Frames that a student sees before the one that it predicts."""
+STRETCH_FRAMES: Final = 2048
+"""Long videos are cut into tasks of about so many frames, so that several workers share them."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The missing shards of one span of a video: what is done whole or not at all."""
+
+    shard: int
+    sets: tuple[str, ...]
+    """Keys of the label sets and frame sets that miss it."""
+
+    @property
+    def num_label_sets(self) -> int:
+        """Number of label sets that miss it."""
+        return sum(key.startswith(f"{LabelRequest.folder}/") for key in self.sets)
 
 
 @dataclass(frozen=True)
 class Task:
-    """The missing shards of one video; one worker does them, decoding the video once."""
+    """Units of one video, in the order of its frames; one worker does them."""
 
     video: VideoRow
-    label_shards: tuple[int, ...]
-    frame_shards: tuple[int, ...] = ()
+    grid: ShardGrid
+    units: tuple[Unit, ...]
+    stamp: FileStamp | None = None
+    """Of the file when it was probed."""
+    index: FrameIndex | None = None
+    """By which decoding begins near the units; without it, at the video's beginning."""
 
-    def without(self, label_shards: set[int], frame_shards: set[int]) -> Task:
-        """Return the task less the shards that are done."""
-        return Task(
-            self.video,
-            tuple(shard for shard in self.label_shards if shard not in label_shards),
-            tuple(shard for shard in self.frame_shards if shard not in frame_shards),
-        )
+    def with_units(self, units: Iterable[Unit]) -> Task:
+        """Return the task with other units, which are among its own."""
+        return Task(self.video, self.grid, tuple(units), self.stamp, self.index)
+
+    def span(self, unit: Unit) -> range:
+        """Return the frames that a unit is about."""
+        return self.grid.frames_of(unit.shard, self.video)
 
     @property
-    def is_empty(self) -> bool:
-        return not self.label_shards and not self.frame_shards
-
-    def num_frames(self, shards: ShardSet) -> int:
-        """Return the frames that the missing shards of a shard set hold."""
-        wanted = self.label_shards if isinstance(shards, LabelSet) else self.frame_shards
-        return sum(len(shards.frames_of(shard, self.video)) for shard in wanted)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Something that could not be labelled, and why."""
-
-    video: str
-    reason: str
-
-
-def probe_videos(
-    files: Iterable[VideoFile], store: TargetStore | None, *, reader: Reader
-) -> tuple[list[VideoRecord], list[Failure]]:
-    """Learn content hash and true length of videos.
-
-    A video whose content the store knows is not decoded again.
-    """
-    files = list(files)
-    records: list[VideoRecord] = []
-    failures: list[Failure] = []
-    with Progress(len(files), unit="videos", label="probing") as progress:
-        for file in files:
-            try:
-                if _as_text(file.path) != file.path:
-                    raise VideoError(f"the name {file.path!a} is not text; rename the file")
-                digest = hash_file(file.absolute)
-                known = store.find_content(digest) if store is not None else None
-                if known is None:
-                    records.append(probe_video(file, content_hash=digest, reader=reader))
-                else:
-                    record = VideoRecord(
-                        id=file.id,
-                        root=str(file.root),
-                        path=file.path,
-                        content_hash=digest,
-                        frames=known.frames,
-                        height=known.height,
-                        width=known.width,
-                        fps=known.fps,
-                    )
-                    records.append(record)
-            except VideoError as error:
-                failures.append(Failure(_as_text(file.id), _as_text(str(error))))
-            progress.advance()
-    return records, failures
+    def num_windows(self) -> int:
+        """Windows that a teacher looks at: frames to label, in each label set."""
+        return sum(unit.num_label_sets * len(self.span(unit)) for unit in self.units)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of each video is labelled; see :meth:`stores.shards.ShardSet.sample`."""
+    """How much of each video is labelled; see :meth:`stores.grid.ShardGrid.sample`."""
 
     blocks: int
     """Shards of each video."""
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Target:
+    """A label set or frame set that is to be filled, which need not be there yet."""
+
+    request: Request
+    has: Callable[[int], bool]
+    """Tells whether a shard is there."""
+
+    @classmethod
+    def of(cls, shard_set: ShardSet) -> Target:
+        """Return a set that is there as a target."""
+        return cls(shard_set.request, shard_set.receipts.__contains__)
+
+
 def plan_tasks(
     videos: Iterable[VideoRow],
-    labels: LabelSet,
-    frames: FrameSet | None,
+    targets: Sequence[Target],
+    *,
     budget: Budget | None = None,
+    is_given_up: Callable[[VideoRow, int], bool] = lambda video, shard: False,
+    found: Mapping[bytes, tuple[FileStamp, FrameIndex | None]] | None = None,
 ) -> list[Task]:
-    """Return what is missing, the longest task first; videos with equal content are one task.
+    """Return what is missing, the longest task first; videos with equal content are one.
 
     Args:
         videos: What is wanted.
-        labels: The label set.
-        frames: The frame set, if frames are kept.
+        targets: Sets to fill, all with the same number of frames per shard.
         budget: Some shards of each video only, with the frames of the clips that end in them.
+        is_given_up: Tells which shards of a video are not to be tried.
+        found: By content hash, the file's stamp and where its frames lie.
     """
-    tasks = {}
-    for video in videos:
-        wanted = wanted_shards(labels, video, budget)
-        shown: Sequence[int] = frames.shards(video) if frames is not None else ()
-        if frames is not None and budget is not None:
-            spans = [labels.frames_of(shard, video) for shard in wanted]
-            clips = {t for span in spans for t in range(span.start - CONTEXT_FRAMES, span.stop)}
-            shown = [s for s in shown if not clips.isdisjoint(frames.frames_of(s, video))]
-        tasks[video.first] = Task(
-            video,
-            tuple(shard for shard in wanted if shard not in labels.receipts),
-            tuple(s for s in shown if frames is not None and s not in frames.receipts),
-        )
-    missing = [task for task in tasks.values() if not task.is_empty]
+    grid = targets[0].request.grid
+    tasks: list[Task] = []
+    for video in {row.first: row for row in videos}.values():
+        units = []
+        for shard, wanted in wanted_shards(video, targets, budget).items():
+            keys = tuple(target.request.key for target in wanted if not target.has(shard))
+            if keys and not is_given_up(video, shard):
+                units.append(Unit(shard, keys))
+        if not units:
+            continue
+        stamp, index = (found or {}).get(video.content_hash, (None, None))
+        tasks += _stretches(Task(video, grid, tuple(units), stamp, index))
     # The longest first, so that none is left over when the others are done; then as in the store.
-    return sorted(missing, key=lambda task: (-len(task.label_shards), task.video.first))
+    return sorted(
+        tasks, key=lambda task: (-task.num_windows, task.video.first, task.units[0].shard)
+    )
 
 
-def wanted_shards(labels: LabelSet, video: VideoRow, budget: Budget | None) -> Sequence[int]:
-    """Return the shards of a video that are to be there in the end."""
+def wanted_shards(
+    video: VideoRow, targets: Sequence[Target], budget: Budget | None
+) -> dict[int, list[Target]]:
+    """Return the shards of a video that are to be there in the end, each with its sets."""
+    wanted: dict[int, list[Target]] = {}
+    labels = [target for target in targets if isinstance(target.request, LabelRequest)]
+    frames = [target for target in targets if target not in labels]
+    grid = targets[0].request.grid
     if budget is None:
-        return labels.shards(video)
-    return labels.sample(video, blocks=budget.blocks, seed=budget.seed)
+        return {shard: list(targets) for shard in grid.shards(video)}
+    label_grid = labels[0].request.grid
+    for shard in label_grid.sample(video, blocks=budget.blocks, seed=budget.seed):
+        wanted.setdefault(shard, []).extend(labels)
+        span = grid.frames_of(shard, video)
+        first = max(0, span.start - CONTEXT_FRAMES) // grid.shard_frames
+        for shown in range(grid.shards(video).start + first, shard + 1):
+            wanted.setdefault(shown, []).extend(
+                target for target in frames if target not in wanted.get(shown, [])
+            )
+    return dict(sorted(wanted.items()))
 
 
-def _as_text(name: str) -> str:
-    """Replace what a file name holds that is no text in any encoding."""
-    return name.encode("utf-8", "replace").decode()
+def _stretches(task: Task) -> list[Task]:
+    """Cut a task into stretches, if decoding can begin in the middle of its video."""
+    if task.index is None:
+        return [task]
+    at_most = max(1, STRETCH_FRAMES // task.grid.shard_frames)
+    return [
+        task.with_units(task.units[begin : begin + at_most])
+        for begin in range(0, len(task.units), at_most)
+    ]

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import random
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from distill.label import READ_AHEAD_FRAMES, LabelFiller
+from distill.label import READ_AHEAD_FRAMES, FrameBuffer, Times, decode_views, label_span, view_for
 from stores.ahead import read_ahead
 from stores.errors import TargetStoreError, VideoChangedError, VideoNotLabelledError
 from stores.progress import Progress
 from stores.shards import LabelSet
 from stores.table import VideoRow
 from stores.targets import TargetStore
-from stores.videos import decode_video, hash_file
+from stores.videos import hash_file
 from teachers.base import Teacher
 from teachers.registry import build
 
@@ -102,9 +102,14 @@ def relabel_shards(
 
 def _build_teacher(label_set: LabelSet, weights: Path | None) -> Teacher:
     layout = label_set.layout
-    teacher = build(label_set.teacher, size=(layout.height, layout.width), weights=weights)
-    now = {**teacher.spec.provenance, "weights_sha256": teacher.weights_sha256}
-    then = label_set.attributes["provenance"]
+    then = label_set.request.provenance
+    teacher = build(
+        label_set.teacher,
+        size=(layout.height, layout.width),
+        precision=then["compute"],
+        weights=weights,
+    )
+    now = teacher.provenance
     if other := [name for name in now if now[name] != then.get(name)]:
         raise TargetStoreError(
             f"the teacher {label_set.teacher!r} here differs from that of {label_set.name} in: "
@@ -116,16 +121,21 @@ def _build_teacher(label_set: LabelSet, weights: Path | None) -> Teacher:
 def _label(
     label_set: LabelSet, video: VideoRow, shard: int, teacher: Teacher, path: Path
 ) -> dict[str, npt.NDArray[Any]]:
+    request = label_set.request
     batch = int(label_set.attributes["environment"].get("batch", teacher.spec.batch))
-    filler = LabelFiller(label_set, video, [shard], teacher=teacher, batch=batch)
-    stop = label_set.frames_of(shard, video).stop
-    reader = label_set.attributes["provenance"]["decoder"]["reader"]
-    with closing(read_ahead(decode_video(path, reader=reader), READ_AHEAD_FRAMES)) as frames:
-        for index, frame in enumerate(frames):
-            filler.take(index, frame)
-            if index + 1 == stop:
-                return filler.end_shard()
-    raise VideoChangedError(f"{path} ends before frame {stop}, which was labelled")
+    span = label_set.frames_of(shard, video)
+    decoded = decode_views(
+        replace(video, root=str(path.parent), path=path.name),
+        [teacher.context_of(span, video.frames)],
+        {label_set.key: view_for(teacher, request.variant)},
+        reader=request.provenance["decoder"]["reader"],
+    )
+    with closing(read_ahead(decoded, READ_AHEAD_FRAMES)) as frames:
+        buffer = FrameBuffer(frames, Times())
+        parts = list(
+            label_span(buffer, label_set.key, span, teacher, num_frames=video.frames, batch=batch)
+        )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _compare(

@@ -3,84 +3,77 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from types import FrameType
 
+from distill.events import Failure, Retry, ShardDone
 from distill.executors import Executor, InlineExecutor, RayExecutor
-from distill.label import ShardDone
-from distill.plan import Budget, Failure, Task, plan_tasks, probe_videos, wanted_shards
+from distill.failures import FailureList
+from distill.plan import Target, Task, plan_tasks, wanted_shards
+from distill.settings import DistillSettings
+from distill.status import RunStatus
+from distill.survey import Survey, is_complete, survey_videos
 from distill.worker import WorkerSettings
-from stores.codec import GRID_STEP
 from stores.errors import VideoChangedError, VideoError
-from stores.progress import Progress
-from stores.schema import FRAME_ALIGNMENT, FrameRequest, LabelRequest, Variant, environment
-from stores.shards import Committer, FrameSet, LabelSet
+from stores.schema import LabelRequest, environment
+from stores.shards import Committer, Request, ShardSet
 from stores.table import VideoRow
 from stores.targets import TargetStore
-from stores.videos import Reader, VideoRecord, decoder_version, find_videos
+from stores.videos import VideoFile, find_videos
 from teachers.base import Teacher
-from teachers.registry import build
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillSettings:
-    """How videos are labelled."""
-
-    teacher: str
-    size: tuple[int, int] | None = None
-    """Height and width fed to the teacher; its published size if not given."""
-    variant: Variant = "identity"
-    """``hflip``: the teacher sees mirrored frames."""
-    with_frames: tuple[int, int] | None = None
-    """Height and width at which the frames are kept too."""
-    reader: Reader = "pyav"
-    batch: int | None = None
-    """Windows labelled together; the teacher's own number if not given."""
-    shard_frames: int = FRAME_ALIGNMENT
-    grid_step: float = GRID_STEP
-    budget: Budget | None = None
-    """How much of each video is labelled; all if not given."""
-    replace_changed: bool = False
-    """Whether a video whose content has changed is labelled anew; else it is an error."""
-    executor: Literal["ray", "inline"] = "ray"
-    actors: int | None = None
-    cpus_per_actor: int = 1
-    address: str | None = None
 
 
 @dataclass
 class DistillReport:
     """What a run did."""
 
-    label_set: str = ""
+    label_sets: tuple[str, ...] = ()
+    """Names of the label sets that were filled."""
     videos: int = 0
     """Videos that are complete now."""
     frames: int = 0
-    """Frames labelled by this run."""
+    """Frames labelled by this run, in each label set."""
     shards: int = 0
     """Shards committed by this run."""
+    smaller_batches: int = 0
+    """Shards of which fewer windows than asked for fitted into the device's memory at once."""
+    retries: int = 0
     seconds: float = 0.0
     failures: list[Failure] = field(default_factory=list)
+    passed_over: int = 0
+    """Failures of earlier runs that were not tried again; they are among ``failures``."""
 
     def __str__(self) -> str:
+        names = ", ".join(self.label_sets)
         if not self.shards and not self.failures:
-            return f"{self.label_set}: nothing to do, {self.videos} videos are complete"
+            return f"{names}: nothing to do, {self.videos} videos are complete"
         rate = self.frames / self.seconds if self.seconds else 0.0
-        text = (
-            f"{self.label_set}: {self.videos} videos complete, {self.shards} shards written, "
-            f"{self.frames} frames labelled in {self.seconds:.1f} s ({rate:.0f} per second)"
-        )
-        return f"{text}, {len(self.failures)} videos failed" if self.failures else text
+        parts = [
+            f"{names}: {self.videos} videos complete, {self.shards} shards written",
+            f"{self.frames} frames labelled in {self.seconds:.1f} s ({rate:.0f} per second)",
+        ]
+        if self.smaller_batches:
+            parts.append(f"{self.smaller_batches} shards in smaller batches, for want of memory")
+        if self.failures:
+            videos = len({failure.video for failure in self.failures})
+            parts.append(f"{videos} videos failed")
+        return ", ".join(parts)
 
 
 def label_videos(
-    paths: Sequence[Path], store: str | Path, settings: DistillSettings
+    paths: Sequence[Path],
+    store: str | Path,
+    settings: DistillSettings,
+    *,
+    lists: Sequence[Path] = (),
 ) -> DistillReport:
     """Label videos with a teacher into a store; what the store has is not done again.
 
@@ -88,132 +81,258 @@ def label_videos(
         paths: Video files, and folders that are searched for them.
         store: Path or URL of the store; made if it is not there.
         settings: How.
+        lists: Files that name videos; see :func:`stores.videos.find_videos`.
 
     Raises:
         VideoError: If there is no video that can be decoded.
-        ValueError: If the settings do not fit the teacher.
+        ValueError: If the settings do not fit the teacher or the machine.
+        WorkerError: If no worker can start.
         TargetStoreError: If the store cannot be opened or written.
+        KeyboardInterrupt: After an interruption, when what was being done is finished and kept.
     """
-    teacher = build(settings.teacher, size=settings.size)
-    request = _label_request(teacher, settings)
-    files = find_videos(paths)
+    teacher = settings.build_teacher()
+    requests = settings.requests(teacher)
+    files = find_videos(paths, lists)
     known = TargetStore.open_if_there(store)
-    records, failures = probe_videos(files, known, reader=settings.reader)
-    if not records:
+    failed = FailureList.load(known.place) if known is not None else FailureList()
+    survey = survey_videos(files, known, requests, failed, settings)
+    if not survey.records:
+        failures = [*survey.failures, *survey.passed_over]
         more = f" ({len(failures) - 1} more videos failed too)" if len(failures) > 1 else ""
         raise VideoError(failures[0].reason + more)
-    for failure in failures:
-        log.warning("skipped %s: %s", failure.video, failure.reason)
     target = TargetStore.open_or_create(store)
     with target.writer() as token:
-        return _label_records(target, token, records, failures, teacher, request, settings)
+        return _label(target, token, files, survey, failed, teacher, requests, settings)
 
 
-def _label_records(
+def _label(
     store: TargetStore,
     token: str,
-    records: Sequence[VideoRecord],
-    failures: list[Failure],
+    files: Sequence[VideoFile],
+    survey: Survey,
+    failed: FailureList,
     teacher: Teacher,
-    request: LabelRequest,
+    requests: Sequence[Request],
     settings: DistillSettings,
 ) -> DistillReport:
-    report = DistillReport(failures=list(failures))
-    videos = _add_records(store, records, report, replace_changed=settings.replace_changed)
+    report = DistillReport(
+        label_sets=tuple(item.name for item in requests if isinstance(item, LabelRequest))
+    )
+    report.failures += survey.passed_over
+    report.passed_over = len(survey.passed_over)
+    for failure in survey.failures:
+        _fail(failure, report, store)
+    videos = _add_records(store, survey, report, settings)
     batch = settings.batch or teacher.spec.batch
-    surroundings = environment(
-        device=str(teacher.device), threads=settings.cpus_per_actor, batch=batch
+    surroundings = environment(device=settings.device, threads=settings.cpus_per_actor, batch=batch)
+    sets: dict[str, ShardSet] = {}
+    for request in requests:
+        sets[request.key] = store.ensure_set(request, surroundings)
+    targets = [Target.of(shard_set) for shard_set in sets.values()]
+    passed = _passed_over(videos, targets, failed, report, settings)
+    tasks = plan_tasks(
+        videos,
+        targets,
+        budget=settings.budget,
+        is_given_up=lambda video, shard: (video.first, shard) in passed,
+        found=survey.found,
     )
-    labels = store.ensure_label_set(request, surroundings)
-    report.label_set = labels.name
-    frames = None
-    if settings.with_frames is not None:
-        frames = store.ensure_frame_set(_frame_request(settings), surroundings)
-    tasks = plan_tasks(videos, labels, frames, settings.budget)
-    store.log_run(event="start", label_set=labels.name, tasks=len(tasks), **surroundings)
+    for name in report.label_sets:
+        store.log_run(event="start", label_set=name, tasks=len(tasks), **surroundings)
     began = time.monotonic()
-    if tasks:
-        worker = WorkerSettings(
-            store=store.place.absolute_url,
-            token=token,
-            labels=labels.name,
-            frames=frames.name if frames is not None else None,
-            teacher=settings.teacher,
-            size=settings.size,
-            reader=settings.reader,
-            batch=batch,
-            threads=settings.cpus_per_actor,
+    try:
+        if tasks:
+            worker = WorkerSettings(
+                store=store.place.absolute_url,
+                token=token,
+                sets=tuple(sets),
+                teacher=settings.teacher,
+                weights=settings.weights.resolve() if settings.weights is not None else None,
+                size=settings.size,
+                device=settings.device,
+                precision=settings.precision,
+                reader=settings.reader,
+                batch=batch,
+                threads=settings.cpus_per_actor,
+            )
+            _run_tasks(store, tasks, _executor(worker, settings), sets, report, settings)
+    finally:
+        report.seconds = time.monotonic() - began
+        _update(failed, files, videos, targets, survey, report)
+        failed.save(store.place)
+        store.log_run(
+            event="end",
+            frames=report.frames,
+            shards=report.shards,
+            failures=len(report.failures),
+            seconds=round(report.seconds, 2),
         )
-        _run_tasks(tasks, _executor(worker, settings), labels, frames, report)
-    report.seconds = time.monotonic() - began
-    report.videos = sum(
-        all(shard in labels.receipts for shard in wanted_shards(labels, video, settings.budget))
-        for video in videos
-    )
-    for failure in report.failures:
-        store.log_run(event="failure", video=failure.video, reason=failure.reason)
-    store.log_run(event="end", frames=report.frames, seconds=report.seconds)
+    report.videos = sum(is_complete(video, targets, settings.budget) for video in videos)
     return report
 
 
 def _add_records(
-    store: TargetStore,
-    records: Sequence[VideoRecord],
-    report: DistillReport,
-    *,
-    replace_changed: bool,
+    store: TargetStore, survey: Survey, report: DistillReport, settings: DistillSettings
 ) -> list[VideoRow]:
     """Add the videos to the store's table, all but those that are not what the store knows."""
     fitting = []
-    for record in records:
+    for record in survey.records:
         known = store.find_video(record.id)
         is_changed = known is not None and known.content_hash != record.content_hash
-        if is_changed and not replace_changed:
-            error = VideoChangedError(
+        same = store.find_content(record.content_hash)
+        if is_changed and not settings.replace_changed:
+            what = (
                 f"{record.absolute} has other content than the {record.id!r} in {store.url}; "
                 "give it another name, or label it anew with --replace-changed"
             )
-            log.warning("skipped %s: %s", record.id, error)
-            report.failures.append(Failure(record.id, str(error)))
+            _fail(Failure(record.id, str(VideoChangedError(what))), report, store)
+        elif same is not None and same.frames != record.frames:
+            what = (
+                f"{record.absolute} has {record.frames} frames here, and {same.frames} in "
+                f"{store.url}: another decoder; use the same --reader for all runs"
+            )
+            _fail(Failure(record.id, what), report, store)
         else:
             fitting.append(record)
-    store.add_videos(fitting, replace_changed=replace_changed)
+    store.add_videos(fitting, replace_changed=settings.replace_changed)
     # Where the videos lie now may not be where they lay when the store first saw them.
     return [
         replace(store.video(record.id), root=record.root, path=record.path) for record in fitting
     ]
 
 
+def _passed_over(
+    videos: Sequence[VideoRow],
+    targets: Sequence[Target],
+    failed: FailureList,
+    report: DistillReport,
+    settings: DistillSettings,
+) -> set[tuple[int, int]]:
+    """Return first frame and shard of what failed before and is not to be tried again."""
+    passed: set[tuple[int, int]] = set()
+    if settings.retry_failed or not failed.entries:
+        return passed
+    entries: dict[int, Failure] = {}
+    keys = [target.request.key for target in targets]
+    for video in videos:
+        for shard, wanted in wanted_shards(video, targets, settings.budget).items():
+            if all(target.has(shard) for target in wanted):
+                continue
+            number = shard - targets[0].request.grid.shards(video).start
+            entry = failed.find_shard(video, number, keys)
+            if entry is not None:
+                passed.add((video.first, shard))
+                entries[id(entry)] = entry
+    report.failures += entries.values()
+    report.passed_over += len(entries)
+    return passed
+
+
 def _run_tasks(
+    store: TargetStore,
     tasks: Sequence[Task],
     executor: Executor,
-    labels: LabelSet,
-    frames: FrameSet | None,
+    sets: dict[str, ShardSet],
     report: DistillReport,
+    settings: DistillSettings,
 ) -> None:
-    total = sum(task.num_frames(labels) for task in tasks)
-    committers = {"labels": Committer(labels)}
-    if frames is not None:
-        committers["frames"] = Committer(frames)
-    with Progress(total, unit="frames", label=f"labelling with {labels.teacher}") as progress:
+    committers = {key: Committer(shard_set) for key, shard_set in sets.items()}
+    label = f"labelling with {settings.teacher}"
+    with (
+        executor,
+        RunStatus(store, tasks, label=label, device=settings.device) as status,
+        _interruptions() as interrupted,
+    ):
+        is_draining = False
         try:
             # Closed here: an exception's traceback would keep the workers for as long as it lives.
             with closing(executor.run(tasks)) as events:
                 for event in events:
+                    if interrupted.is_set() and not is_draining:
+                        is_draining = True
+                        log.info("finishing what is begun; interrupt again to stop at once")
+                        executor.drain()
                     if isinstance(event, ShardDone):
-                        committers[event.kind].add(event.receipt)
+                        committers[event.set].add(event.receipt)
                         report.shards += 1
-                        if event.kind == "labels":
+                        report.smaller_batches += bool(event.batch)
+                        if isinstance(sets[event.set].request, LabelRequest):
                             report.frames += event.num_frames
-                            progress.advance(event.num_frames)
+                    elif isinstance(event, Retry):
+                        report.retries += 1
+                        log.warning("%s: try %d failed: %s", event.video, event.tries, event.reason)
                     elif isinstance(event, Failure):
-                        log.warning("failed %s: %s", event.video, event.reason)
-                        report.failures.append(event)
+                        _fail(event, report, store)
                     for committer in committers.values():
                         committer.commit_if_due()
+                    if event is not None:
+                        status.note(event)
+                    status.tick()
         finally:  # also when the run is interrupted: what lies on the disk is kept
             for committer in committers.values():
                 committer.commit()
+        if is_draining:
+            raise KeyboardInterrupt
+
+
+def _fail(failure: Failure, report: DistillReport, store: TargetStore) -> None:
+    report.failures.append(failure)
+    log.warning("failed %s: %s", failure.video, failure.reason)
+    store.log_run(
+        event="failure",
+        video=failure.video,
+        reason=failure.reason,
+        traceback=failure.traceback,
+        shards=list(failure.shards),
+        tries=failure.tries,
+    )
+
+
+def _update(
+    failed: FailureList,
+    files: Sequence[VideoFile],
+    videos: Sequence[VideoRow],
+    targets: Sequence[Target],
+    survey: Survey,
+    report: DistillReport,
+) -> None:
+    """Put on the failure list what failed, and take off it what is done."""
+    if not failed.entries and not report.failures:
+        return
+    grid = targets[0].request.grid
+    for video in videos:
+        first = grid.shards(video).start
+        for target in targets:
+            done = [shard - first for shard in grid.shards(video) if target.has(shard)]
+            failed.forget_shards(video, done, [target.request.key])
+    bad = {failure.video for failure in (*survey.failures, *survey.passed_over)}
+    for file in files:
+        if file.id not in bad:
+            failed.forget_file(file)
+    for failure in report.failures:
+        if failure.shards or failure.file:
+            failed.add(failure)
+
+
+@contextmanager
+def _interruptions() -> Iterator[threading.Event]:
+    """Catch the first SIGINT or SIGTERM, so that what is begun can be finished; not the second."""
+    is_interrupted = threading.Event()
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        if is_interrupted.is_set():
+            raise KeyboardInterrupt
+        is_interrupted.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield is_interrupted  # signals are the business of the main thread
+        return
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield is_interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _executor(worker: WorkerSettings, settings: DistillSettings) -> Executor:
@@ -223,32 +342,7 @@ def _executor(worker: WorkerSettings, settings: DistillSettings) -> Executor:
         worker,
         actors=settings.actors,
         cpus_per_actor=settings.cpus_per_actor,
+        gpus_per_actor=settings.gpus,
         address=settings.address,
-    )
-
-
-def _label_request(teacher: Teacher, settings: DistillSettings) -> LabelRequest:
-    provenance = {
-        **teacher.spec.provenance,
-        "weights_sha256": teacher.weights_sha256,
-        "decoder": decoder_version(settings.reader),
-    }
-    return LabelRequest(
-        teacher=teacher.spec.name,
-        provenance=provenance,
-        layout=teacher.spec.layout,
-        description=teacher.spec.description,
-        variant=settings.variant,
-        grid_step=settings.grid_step,
-        shard_frames=settings.shard_frames,
-    )
-
-
-def _frame_request(settings: DistillSettings) -> FrameRequest:
-    height, width = settings.with_frames or (0, 0)
-    return FrameRequest(
-        height=height,
-        width=width,
-        decoder=decoder_version(settings.reader),
-        shard_frames=settings.shard_frames,
+        hang_seconds=settings.hang_seconds,
     )

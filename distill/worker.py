@@ -1,19 +1,41 @@
-"""A worker: one teacher, loaded once, that labels video after video."""
+"""A worker: one teacher, loaded once, that labels task after task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import platform
+import resource
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
-from distill.label import ShardDone, label_video
-from distill.plan import Failure, Task
-from stores.errors import TargetStoreError
-from stores.shards import FrameSet, LabelSet
+from distill.events import Stumble, Usage, WorkerEvent
+from distill.label import TeacherMemoryError, Times, label_video
+from distill.plan import Task, Unit
+from stores.decode import Reader, decoder_version
+from stores.errors import (
+    StoreBusyError,
+    StoreWriteError,
+    TargetValueError,
+    TinyHDError,
+    VideoError,
+)
+from stores.shards import LabelSet, ShardSet
 from stores.targets import TargetStore
-from stores.videos import Reader
+from teachers.base import Precision
 from teachers.registry import build
 
-Event = ShardDone | Failure
+REPORT_SECONDS: Final = 0.5
+"""What happens within so long is told at once: many small shards cost few messages."""
+
+
+class WorkerError(TinyHDError):
+    """A worker cannot do what it is asked to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,44 +46,158 @@ class WorkerSettings:
     """Path or URL."""
     token: str
     """Of the driver; a worker writes only as long as this driver has the store."""
-    labels: str
-    """Name of the label set."""
-    frames: str | None
-    """Name of the frame set, if one is to be filled too."""
+    sets: tuple[str, ...]
+    """Keys of the label sets and frame sets that are filled."""
     teacher: str
-    size: tuple[int, int] | None
-    reader: Reader
-    batch: int
-    threads: int
+    weights: Path | None = None
+    size: tuple[int, int] | None = None
+    device: str = "cpu"
+    precision: Precision = "float32"
+    reader: Reader = "pyav"
+    batch: int = 1
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """Who a worker is."""
+
+    name: str
+    host: str
+    pid: int
 
 
 class LabelWorker:
-    """Runs inside a Ray actor, or in the driver's own process."""
+    """Runs inside a Ray actor, or in the driver's own process. Call :meth:`start` first."""
 
     def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._left: deque[Unit] = deque()
+
+    def start(self) -> WorkerInfo:
+        """Load the teacher and open the store.
+
+        Raises:
+            WorkerError: If teacher or decoder differ from those that the label set is from.
+            ValueError: If there is no such teacher, or its weights do not fit.
+            TargetStoreError: If the store cannot be opened.
+        """
         import torch
 
+        settings = self._settings
         torch.set_num_threads(settings.threads)
-        self._settings = settings
-        self._teacher = build(settings.teacher, size=settings.size)
+        self._teacher = build(
+            settings.teacher,
+            size=settings.size,
+            device=settings.device,
+            precision=settings.precision,
+            weights=settings.weights,
+        )
         store = TargetStore.open(settings.store, mode="r+")
-        self._labels: LabelSet = store.label_set(settings.labels)
-        self._labels.write_only_for(settings.token)
-        self._frames: FrameSet | None = None
-        if settings.frames is not None:
-            self._frames = store.frame_set(settings.frames)
-            self._frames.write_only_for(settings.token)
+        self._sets: dict[str, ShardSet] = {key: store.open_set(key) for key in settings.sets}
+        here = {
+            **self._teacher.provenance,
+            "decoder": decoder_version(settings.reader),
+        }
+        for shard_set in self._sets.values():
+            shard_set.write_only_for(settings.token)
+            if isinstance(shard_set, LabelSet):
+                _check_same(here, shard_set.request.provenance)
+        self._info = WorkerInfo(f"{platform.node()}:{os.getpid()}", platform.node(), os.getpid())
+        return self._info
 
-    def run(self, task: Task) -> Iterator[Event]:
-        """Do a task; a video that cannot be labelled ends in a failure, not in an exception."""
+    def run(self, task: Task) -> Iterator[tuple[WorkerEvent, ...]]:
+        """Do a task and tell, now and then, what was done; a stumble is told last."""
+        with self._lock:
+            self._left = deque(task.units)
+        times, meter = Times(), _Meter(self._info.name)
+        events: list[WorkerEvent] = []
+        told_at = time.monotonic()
         try:
-            yield from label_video(
+            for event in label_video(
                 task,
                 teacher=self._teacher,
-                labels=self._labels,
-                frames=self._frames,
+                sets=self._sets,
                 reader=self._settings.reader,
                 batch=self._settings.batch,
+                claim=self._claim,
+                times=times,
+            ):
+                events.append(event)
+                if time.monotonic() - told_at >= REPORT_SECONDS:
+                    yield (*events, meter.read(times))
+                    events.clear()
+                    told_at = time.monotonic()
+        except Exception as error:  # a teacher, a decoder or a store may fail in any way
+            events.append(_stumble(error))
+        yield (*events, meter.read(times))
+
+    def give_up(self, number: int) -> tuple[Unit, ...]:
+        """Give up units of the task that were not begun, from its end.
+
+        Args:
+            number: How many, at most.
+
+        Returns:
+            What is given up, for others to do.
+        """
+        with self._lock:
+            given = [self._left.pop() for _ in range(min(number, len(self._left)))]
+        return tuple(reversed(given))
+
+    def _claim(self, unit: Unit) -> bool:
+        with self._lock:
+            if not self._left or self._left[0] != unit:
+                return False
+            self._left.popleft()
+            return True
+
+
+class _Meter:
+    """Reads what this process uses."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._last = self._now(Times())
+
+    def read(self, times: Times) -> Usage:
+        """Return what was used since the last reading."""
+        now = self._now(times)
+        wall, cpu, teacher, waited = (new - old for new, old in zip(now, self._last, strict=True))
+        self._last = now
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Usage(self._name, wall, cpu, teacher, waited, peak)
+
+    @staticmethod
+    def _now(times: Times) -> tuple[float, float, float, float]:
+        return (
+            time.monotonic(),
+            time.process_time(),
+            times.teacher_seconds,
+            times.waited_seconds,
+        )
+
+
+def _stumble(error: Exception) -> Stumble:
+    reason = str(error).strip() or type(error).__name__
+    where = "".join(traceback.format_exception(error))
+    if isinstance(error, VideoError):
+        return Stumble(reason, where, "video", is_final=True)
+    if isinstance(error, StoreWriteError | StoreBusyError | TeacherMemoryError):
+        return Stumble(reason, where, "run", is_final=not isinstance(error, StoreWriteError))
+    if isinstance(error, TargetValueError):
+        return Stumble(reason, where, "unit", is_final=True)
+    if not isinstance(error, TinyHDError):
+        reason = f"{type(error).__name__}: {reason.splitlines()[-1]}"
+    return Stumble(reason, where, "unit")
+
+
+def _check_same(here: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+    """Refuse to mix what another teacher or decoder says with what a label set is from."""
+    for name, value in here.items():
+        if wanted.get(name) != value:
+            raise WorkerError(
+                f"{platform.node()} has another {name} than the label set: {value}, not "
+                f"{wanted.get(name)}; install the same versions and weights on every machine"
             )
-        except TargetStoreError as error:
-            yield Failure(task.video.id, str(error))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from stores.codec import GRID_STEP
 from stores.frames import RESIZE_RULE, RESIZE_VERSION
+from stores.grid import ShardGrid
 from stores.maps import MAX_SIDE, MapLayout, error_bounds
 from stores.shard_file import GridPacking, ShardFormat, ZstdPacking
 
@@ -133,6 +134,17 @@ class LabelRequest:
         return f"{self.teacher}-{self.variant}-{fingerprint(self.identity)[:8]}"
 
     @property
+    def key(self) -> str:
+        """Key of the label set's group."""
+        return f"{self.folder}/{self.name}"
+
+    @property
+    def grid(self) -> ShardGrid:
+        is_each = self.provenance.get("labelled_frame") == "each"
+        head_frames = 0 if is_each else self.provenance["window"] - 1
+        return ShardGrid(self.shard_frames, head_frames)
+
+    @property
     def attributes(self) -> dict[str, Any]:
         """Attributes of the label set's group."""
         return {
@@ -220,6 +232,15 @@ class FrameRequest:
     @property
     def name(self) -> str:
         return f"rgb-{self.height}x{self.width}-{fingerprint(self.identity)[:8]}"
+
+    @property
+    def key(self) -> str:
+        """Key of the frame set's group."""
+        return f"{self.folder}/{self.name}"
+
+    @property
+    def grid(self) -> ShardGrid:
+        return ShardGrid(self.shard_frames)
 
     @property
     def attributes(self) -> dict[str, Any]:

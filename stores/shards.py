@@ -78,7 +78,8 @@ class ShardSet(ABC):
         self.attributes, request = read_set(store.place, self.key)
         self.request = request
         self.fingerprint = str(self.attributes["fingerprint"])
-        self.shard_frames = self.request.shard_frames
+        self.grid = self.request.grid
+        self.shard_frames = self.grid.shard_frames
         self.formats = {array.name: array.format for array in self.request.arrays}
         self.array_names = list(self.formats)
         self.receipts = Receipts(store.place, f"{self.key}/receipts", len(self.array_names))
@@ -96,40 +97,15 @@ class ShardSet(ABC):
 
     def shards(self, video: VideoRow) -> range:
         """Return the shards, counted along the whole frame axis, that hold a video's frames."""
-        start = video.first // self.shard_frames
-        return range(start, start + -(-video.frames // self.shard_frames))
+        return self.grid.shards(video)
 
     def frames_of(self, shard: int, video: VideoRow) -> range:
         """Return the frames of a video that lie in a shard."""
-        start = shard * self.shard_frames - video.first
-        return range(start, min(start + self.shard_frames, video.frames))
+        return self.grid.frames_of(shard, video)
 
     def missing(self, video: VideoRow) -> list[int]:
         """Return the shards of a video that are not committed."""
         return [shard for shard in self.shards(video) if shard not in self.receipts]
-
-    def sample(self, video: VideoRow, *, blocks: int, seed: int) -> list[int]:
-        """Return some of a video's shards, for a collection that is too large to label whole.
-
-        The first blocks of a larger number are those of a smaller one, whatever else is in the
-        store: each block's place in the order comes from seed, content and block alone. Blocks
-        that are not full, or whose windows begin before the video, come last.
-        """
-        full_from = self.head_frames
-
-        def order(shard: int) -> tuple[bool, bytes]:
-            span = self.frames_of(shard, video)
-            is_poor = span.start < full_from or len(span) < self.shard_frames
-            block = shard - self.shards(video).start
-            key = video.content_hash + seed.to_bytes(8, "little") + block.to_bytes(8, "little")
-            return is_poor, hashlib.sha256(key).digest()
-
-        return sorted(sorted(self.shards(video), key=order)[:blocks])
-
-    @property
-    def head_frames(self) -> int:
-        """Frames at a video's beginning that are made from less than a full window."""
-        return 0
 
     def coverage(self, video: str) -> list[range]:
         """Return the spans of a video's frames that are there, in order and as long as can be.
@@ -350,10 +326,6 @@ class LabelSet(ShardSet):
         wanted = layout.names if names is None else names
         maps = render_maps(planes, layout, wanted, height=height, width=width)
         return {name: values.numpy() for name, values in maps.items()}
-
-    @property
-    def head_frames(self) -> int:
-        return self.window - 1
 
     def _check(self, values: npt.NDArray[Any], video: VideoRow, span: range) -> None:
         check_planes(values, video=video.id, first_frame=span.start)

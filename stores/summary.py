@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stores import schema
+from stores.run_log import LOG_FOLDER
 from stores.shards import LabelSet, ShardSet
-from stores.targets import LOG_FOLDER, TargetStore
+from stores.targets import TargetStore
 
 
 @dataclass(frozen=True, kw_only=True)

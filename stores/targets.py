@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal, overload
 
 from stores import schema
 from stores.codec import silence_codec_remark
@@ -36,12 +32,12 @@ from stores.metadata import (
 )
 from stores.places import Place, open_place
 from stores.receipts import lengthen_receipts
-from stores.shards import FrameSet, LabelSet, ShardSet, is_dropped
+from stores.run_log import RunLog
+from stores.shards import FrameSet, LabelSet, Request, ShardSet, is_dropped
 from stores.table import LENGTH, VideoRow, read_table, write_rows
 from stores.videos import VideoRecord
 
 Mode = Literal["r", "r+"]
-LOG_FOLDER: Final = "runs/log"
 
 
 class TargetStore:
@@ -56,10 +52,7 @@ class TargetStore:
         self.url = place.url
         self._mode = mode
         self._lease: Lease | None = None
-        self._log: list[str] = []
-        self._log_key = (
-            f"{LOG_FOLDER}/{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}.jsonl"
-        )
+        self._log = RunLog(place)
         self.videos: list[VideoRow] = []
         """Rows of videos that count, in the order of the store."""
         self.rows: list[VideoRow] = []
@@ -134,6 +127,7 @@ class TargetStore:
                 self._mark({})
                 yield lease.token
             finally:
+                self._log.write()
                 self._lease = None
 
     def check_driver(self) -> None:
@@ -301,7 +295,7 @@ class TargetStore:
         Raises:
             TargetStoreError: If the set is being dropped, or is damaged.
         """
-        return self._ensure_set(other.request, other.attributes["environment"])
+        return self.ensure_set(other.request, other.attributes["environment"])
 
     def open_set(self, key: str) -> LabelSet | FrameSet:
         """Open the set whose group has a key.
@@ -341,30 +335,6 @@ class TargetStore:
             for key in self._keys(folder)
             if self._is_dropped(key)
         ]
-
-    def ensure_label_set(
-        self, request: schema.LabelRequest, environment: Mapping[str, str | int]
-    ) -> LabelSet:
-        """Return the label set of a request, made if it is not there, as long as the frame axis.
-
-        Raises:
-            TargetStoreError: If the set is being dropped, or is damaged.
-        """
-        found = self._ensure_set(request, environment)
-        assert isinstance(found, LabelSet)
-        return found
-
-    def ensure_frame_set(
-        self, request: schema.FrameRequest, environment: Mapping[str, str | int]
-    ) -> FrameSet:
-        """Return the frame set of a request, made if it is not there, as long as the frame axis.
-
-        Raises:
-            TargetStoreError: If the set is being dropped, or is damaged.
-        """
-        found = self._ensure_set(request, environment)
-        assert isinstance(found, FrameSet)
-        return found
 
     def label_set(self, name: str | None = None) -> LabelSet:
         """Open a label set by its name or the beginning of it; without a name, the only one.
@@ -408,14 +378,30 @@ class TargetStore:
 
     def log_run(self, **entry: Any) -> None:  # noqa: ANN401 - any JSON value
         """Add a line to the log of this run, which is not part of the store's content."""
-        self._log.append(json.dumps({"time": time.time(), "pid": os.getpid(), **entry}))
-        self.place.write(self._log_key, "".join(f"{line}\n" for line in self._log).encode())
+        self._log.add(entry)
 
-    def _ensure_set(
+    @overload
+    def ensure_set(
+        self, request: schema.LabelRequest, environment: Mapping[str, str | int]
+    ) -> LabelSet: ...
+    @overload
+    def ensure_set(
+        self, request: schema.FrameRequest, environment: Mapping[str, str | int]
+    ) -> FrameSet: ...
+    @overload
+    def ensure_set(
+        self, request: Request, environment: Mapping[str, str | int]
+    ) -> LabelSet | FrameSet: ...
+    def ensure_set(
         self,
-        request: schema.LabelRequest | schema.FrameRequest,
+        request: Request,
         environment: Mapping[str, str | int],
     ) -> LabelSet | FrameSet:
+        """Return the set of a request, made if it is not there, as long as the frame axis.
+
+        Raises:
+            TargetStoreError: If the set is being dropped, or is damaged.
+        """
         self.check_driver()
         key = f"{request.folder}/{request.name}"
         attributes = {**request.attributes, "environment": dict(environment)}

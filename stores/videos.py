@@ -1,24 +1,17 @@
-"""Videos on disk: find, probe and decode them. A frame is known by its 0-based decoded index."""
+"""Videos on disk: what they are called, where they lie, what they hold."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from pathlib import Path, PurePosixPath
+from typing import Final
 
 from stores.errors import VideoError
 
-Frame = npt.NDArray[np.uint8]
-"""A decoded frame, ``(height, width, 3)`` RGB."""
-
-Reader = Literal["pyav", "skvideo"]
 VIDEO_SUFFIXES: Final = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v")
 
 
@@ -35,6 +28,28 @@ class VideoFile:
     @property
     def absolute(self) -> Path:
         return self.root / self.path
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """By what a file is taken to be the same as before, without reading it."""
+
+    num_bytes: int
+    modified_ns: int
+    """Time of the last modification, in nanoseconds since 1970."""
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp:
+        """Look at a file.
+
+        Raises:
+            VideoError: If it is not there.
+        """
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise VideoError(f"cannot read {path}: {error.strerror}") from error
+        return cls(status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -58,35 +73,12 @@ class VideoRecord:
         return Path(self.root) / self.path
 
 
-class VideoHeader(NamedTuple):
-    """What a container tells of its video; it may be wrong."""
+def find_videos(paths: Sequence[Path], lists: Sequence[Path] = ()) -> list[VideoFile]:
+    """Return the videos in files, folders and lists, folders searched to their bottom, by id.
 
-    frames: int
-    """0 when it does not tell."""
-    fps: Fraction
-    """Average frames per second; 0 when it does not tell."""
-    height: int
-    width: int
-
-
-def read_header(path: Path) -> VideoHeader:
-    """Read what a container tells of its video, without decoding.
-
-    Raises:
-        VideoError: If it cannot be opened as a video.
-    """
-    with _open_container(path) as container:
-        stream = _video_stream(container, path)
-        fps = Fraction(stream.average_rate or 0)
-        seconds = float((stream.duration or 0) * (stream.time_base or 0))
-        frames = stream.frames or round(seconds * fps)
-        return VideoHeader(frames, fps, stream.height or 0, stream.width or 0)
-
-
-def find_videos(paths: Sequence[Path]) -> list[VideoFile]:
-    """Return the videos in files and folders, folders searched to their bottom, ordered by id.
-
-    A folder's videos are named by their path below it, a file by its name.
+    A folder's videos are named by their path below it, a file by its name. A list names a video in
+    each line; one that ends in ``.csv`` has a column ``path`` and may have a column ``id``. Paths
+    in a list are relative to its folder, and without an id name the video.
 
     Raises:
         VideoError: If a path is not there, holds no video, or two videos would get one id.
@@ -102,19 +94,69 @@ def find_videos(paths: Sequence[Path]) -> list[VideoFile]:
                 f"no videos in {path}; files ending in {' '.join(VIDEO_SUFFIXES)} are looked for"
             )
         for file in files:
-            relative = file.relative_to(root)
-            video = VideoFile(
-                id=relative.with_suffix("").as_posix(),
-                root=root.resolve(),
-                path=relative.as_posix(),
-            )
-            other = found.setdefault(video.id, video)
-            if other.absolute != video.absolute:
-                raise VideoError(
-                    f"{other.absolute} and {video.absolute} would both be called {video.id!r}; "
-                    "rename one or label them into different stores"
-                )
+            relative = file.relative_to(root).as_posix()
+            _add(found, VideoFile(_id_of(relative), root.resolve(), relative))
+    for list_file in lists:
+        for video in _listed_videos(list_file):
+            _add(found, video)
     return [found[id_] for id_ in sorted(found)]
+
+
+def _add(found: dict[str, VideoFile], video: VideoFile) -> None:
+    other = found.setdefault(video.id, video)
+    if other.absolute != video.absolute:
+        raise VideoError(
+            f"{other.absolute} and {video.absolute} would both be called {video.id!r}; "
+            "rename one, give ids in a .csv list, or label them into different stores"
+        )
+
+
+def _id_of(relative: str) -> str:
+    """Return what a video is called whose path below its root is given."""
+    return PurePosixPath(relative).with_suffix("").as_posix()
+
+
+def _listed_videos(list_file: Path) -> Iterator[VideoFile]:
+    root = list_file.parent.resolve()
+    count = 0
+    for number, name, own_id in _entries(list_file):
+        path = Path(name)
+        where = root / path
+        if not where.is_file():
+            raise VideoError(f"{list_file}, line {number}: {where} is no file")
+        count += 1
+        is_below = not path.is_absolute() and ".." not in path.parts
+        if is_below:
+            relative = path.as_posix()
+            yield VideoFile(own_id or _id_of(relative), root, relative)
+        else:
+            yield VideoFile(own_id or path.stem, where.parent.resolve(), path.name)
+    if not count:
+        raise VideoError(f"{list_file} names no video")
+
+
+def _entries(list_file: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield line, path and, if there is one, id of a list's entries."""
+    try:
+        with list_file.open(encoding="utf-8-sig", newline="") as file:
+            if list_file.suffix.lower() != ".csv":
+                for number, line in enumerate(file, 1):
+                    if line.strip() and not line.startswith("#"):
+                        yield number, line.strip(), ""
+                return
+            table = csv.DictReader(file)
+            if "path" not in (table.fieldnames or ()):
+                raise VideoError(
+                    f"{list_file} has no column 'path'; its columns are: "
+                    f"{', '.join(table.fieldnames or ()) or 'none'}"
+                )
+            for row in table:
+                if path := (row["path"] or "").strip():
+                    yield table.line_num, path, (row.get("id") or "").strip()
+    except OSError as error:
+        raise VideoError(f"cannot read {list_file}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise VideoError(f"{list_file} is no list of videos: {error}") from error
 
 
 def hash_file(path: Path) -> bytes:
@@ -130,114 +172,9 @@ def hash_file(path: Path) -> bytes:
         raise VideoError(f"cannot read {path}: {error.strerror}") from error
 
 
-def probe_video(
-    video: VideoFile, *, content_hash: bytes | None = None, reader: Reader = "pyav"
-) -> VideoRecord:
-    """Decode a video once to learn its true number of frames.
-
-    Headers and indices of containers are not believed: they are wrong for cut and damaged files.
-
-    Raises:
-        VideoError: If there is not one frame that can be decoded.
-    """
-    digest = content_hash or hash_file(video.absolute)
-    frames = height = width = 0
-    for frame in decode_video(video.absolute, reader=reader):
-        frames += 1
-        height, width = frame.shape[:2]
-    return VideoRecord(
-        id=video.id,
-        root=str(video.root),
-        path=video.path,
-        content_hash=digest,
-        frames=frames,
-        height=height,
-        width=width,
-        fps=float(read_header(video.absolute).fps),
-    )
-
-
-def decode_video(path: Path, *, reader: Reader = "pyav") -> Iterator[Frame]:
-    """Yield all frames of a video in order.
-
-    Damaged packets are passed over, as players do; rotation tags are ignored; a frame of another
-    size than the first is scaled to it.
-
-    Args:
-        path: The video.
-        reader: ``pyav``, or ``skvideo`` where ffmpeg and ffprobe are installed.
-
-    Raises:
-        VideoError: If the file cannot be opened or holds no frame that can be decoded.
-    """
-    if reader == "skvideo":
-        from stores.skvideo_reader import decode_frames as decode_with_skvideo
-
-        frames = decode_with_skvideo(path)
-    else:
-        frames = _decode_with_pyav(path)
-    is_empty = True
-    for frame in frames:
-        is_empty = False
-        yield frame
-    if is_empty:
-        raise VideoError(f"no frame of {path} can be decoded; is the file damaged?")
-
-
-def decoder_version(reader: Reader) -> dict[str, str]:
-    """Return the names and versions that decide a decoded frame's pixels."""
-    import av
-
-    if reader == "skvideo":
-        from stores.skvideo_reader import ffmpeg_version
-
-        return {"reader": reader, "ffmpeg": ffmpeg_version()}
-    libraries = ("libavcodec", "libavformat", "libswscale")
-    versions = {name: ".".join(map(str, av.library_versions[name])) for name in libraries}
-    return {"reader": reader, **versions}
-
-
 def _video_files(folder: Path) -> Iterator[Path]:
     for where, _, names in os.walk(folder):
         for name in names:
             # "._name" are resource forks that some archives leave beside the real files.
             if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("._"):
                 yield Path(where) / name
-
-
-def _decode_with_pyav(path: Path) -> Iterator[Frame]:
-    import av
-
-    with _open_container(path) as container:
-        stream = _video_stream(container, path)
-        # One thread: with more, what a damaged file gives depends on their number.
-        stream.codec_context.thread_count = 1
-        width = height = 0
-        try:
-            for packet in container.demux(stream):
-                try:
-                    decoded = packet.decode()
-                except av.error.InvalidDataError:
-                    continue
-                for frame in decoded:
-                    width, height = width or frame.width, height or frame.height
-                    yield frame.to_ndarray(format="rgb24", width=width, height=height)
-        except av.error.FFmpegError as error:
-            # The end of a cut file: what was decoded stands; nothing decoded is an error.
-            if not width:
-                raise VideoError(f"cannot decode {path}: {error.strerror}") from error
-
-
-def _open_container(path: Path) -> Any:  # noqa: ANN401 - PyAV's input container
-    import av
-
-    try:
-        return av.open(str(path), mode="r")
-    except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"cannot open {path} as a video: {error.strerror}") from error
-
-
-def _video_stream(container: Any, path: Path) -> Any:  # noqa: ANN401 - PyAV's video stream
-    if not container.streams.video:
-        raise VideoError(f"{path} has no video stream")
-    return container.streams.video[0]

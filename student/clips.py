@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from stores.decode import decode_video
 from stores.errors import VideoError
 from stores.frames import resize_frames
 from stores.shards import FrameSet, LabelSet
 from stores.table import VideoRow
 from stores.targets import TargetStore
-from stores.videos import decode_video
 from student.config import CLIP_FRAMES
 
 

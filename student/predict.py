@@ -24,16 +24,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from stores.ahead import read_ahead
+from stores.decode import Frame, decode_video, read_header
 from stores.errors import TinyHDError, VideoError
 from stores.progress import Progress
-from stores.videos import (
-    Frame,
-    VideoFile,
-    decode_video,
-    find_videos,
-    hash_file,
-    read_header,
-)
+from stores.videos import VideoFile, find_videos, hash_file
 from student.config import CLIP_FRAMES, TinyHDConfig
 from student.pictures import GrayMap, Map, VideoWriter, gray_map, overlay_gray, resize_map
 from student.runtimes import Runtime

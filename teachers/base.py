@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -14,6 +15,13 @@ from torch import Tensor
 
 from stores.frames import resize_frames
 from stores.maps import MapLayout
+
+Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES: Final[Mapping[Precision, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 # Shapes: B windows, T frames, H height, W width, K maps of an array, h and w their native size.
 
@@ -46,8 +54,12 @@ class TeacherSpec:
     resize_rule: str
     window: int
     """Frames the network sees at once; it labels the last of them."""
-    head_policy: Literal["repeat_first"]
-    """What stands in for frames before the video: copies of frame 0."""
+    labelled_frame: Literal["last", "each"] = "last"
+    """Which frame of its window the network labels."""
+    head_policy: Literal["repeat_first", "time_reversed", "released", "overlap"]
+    """How the first ``window - 1`` frames are labelled: with copies of frame 0 before the video;
+    from a window that runs backwards in time; as the published program does. ``overlap``: a network
+    that labels each frame of its window needs none, the last window of a video overlaps."""
     layout: MapLayout
     """Input size and maps."""
     batch: int
@@ -63,9 +75,8 @@ class TeacherSpec:
             "adapter_version": self.adapter_version,
             "input_size": [self.layout.height, self.layout.width],
             "window": self.window,
-            "labelled_frame": "last",
+            "labelled_frame": self.labelled_frame,
             "head_policy": self.head_policy,
-            "compute": "float32",
         }
 
     @property
@@ -85,11 +96,25 @@ class Teacher(ABC):
     Args:
         spec: What it is.
         device: Where it runs.
+        precision: What convolutions and matrix products are computed in. Below float32, the targets
+            drift from the teacher's; ``tinyhd distill --calibrate`` says how far.
     """
 
-    def __init__(self, spec: TeacherSpec, *, device: str = "cpu") -> None:
+    def __init__(
+        self, spec: TeacherSpec, *, device: str = "cpu", precision: Precision = "float32"
+    ) -> None:
         self.spec = spec
         self.device: Final = torch.device(device)
+        self.precision: Final = precision
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """All that decides the targets, but the video, its decoder and what the store does."""
+        return {
+            **self.spec.provenance,
+            "compute": self.precision,
+            "weights_sha256": self.weights_sha256,
+        }
 
     @property
     def weights_sha256(self) -> str | None:
@@ -121,12 +146,29 @@ class Teacher(ABC):
         """Bring frames from 0..1 to what the network expects; unchanged unless overridden."""
         return frames
 
-    def context_of(self, span: range) -> range:
-        """Return the frames of a video that must be at hand to label ``span``."""
-        return range(max(0, window_of(span.start, length=self.spec.window).start), span.stop)
+    def window(self, frame: int, num_frames: int) -> Sequence[int]:
+        """Return the frames that the network sees to label ``frame``, in the order it sees them.
+
+        Args:
+            frame: Index in the video.
+            num_frames: Of the whole video.
+        """
+        return [max(0, index) for index in window_of(frame, length=self.spec.window)]
+
+    def context_of(self, span: range, num_frames: int) -> range:
+        """Return the frames of a video that must be at hand to label ``span``.
+
+        Args:
+            span: Frames to label, at least one.
+            num_frames: Of the whole video.
+        """
+        seen = [index for frame in span for index in self.window(frame, num_frames)]
+        return range(min(seen), max(seen) + 1)
 
     @torch.inference_mode()
-    def label(self, frames: Tensor, *, first: int, span: range) -> dict[str, Tensor]:
+    def label(
+        self, frames: Tensor, *, first: int, span: range, num_frames: int
+    ) -> dict[str, Tensor]:
         """Label a span of frames in one batch.
 
         Args:
@@ -134,14 +176,35 @@ class Teacher(ABC):
                 least those of :meth:`context_of`.
             first: Index in the video of the first of ``frames``.
             span: Indices in the video of the frames to label.
+            num_frames: Of the whole video.
 
         Returns:
             Native planes by array, ``(len(span), K, h, w)`` float32 logits or log-densities.
         """
-        length = self.spec.window
-        indices = torch.tensor([list(window_of(frame, length=length)) for frame in span])
-        windows = frames[indices.clamp_(min=0) - first]  # B T 3 H W
-        return dict(self.logits(windows.transpose(1, 2)))
+        with self._arithmetic():
+            planes = self.label_span(frames, first=first, span=span, num_frames=num_frames)
+        return {name: values.float() for name, values in planes.items()}
+
+    def label_span(
+        self, frames: Tensor, *, first: int, span: range, num_frames: int
+    ) -> Mapping[str, Tensor]:
+        """Do what :meth:`label` does, with its arguments; by whole windows unless overridden."""
+        indices = torch.tensor([self.window(frame, num_frames) for frame in span])
+        windows = frames[indices - first]  # B T 3 H W
+        return self.logits(windows.transpose(1, 2))
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Compute in the teacher's precision; float32 means float32, on a GPU too."""
+        convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = convolutions.allow_tf32, products.allow_tf32
+        convolutions.allow_tf32 = products.allow_tf32 = False
+        dtype = DTYPES[self.precision]
+        try:
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                yield
+        finally:
+            convolutions.allow_tf32, products.allow_tf32 = before
 
     @abstractmethod
     def logits(self, windows: Tensor) -> Mapping[str, Tensor]:
@@ -151,5 +214,5 @@ class Teacher(ABC):
             windows: ``(B, 3, T, H, W)``, prepared, oldest frame first.
 
         Returns:
-            Native planes by array of the layout, ``(B, K, h, w)`` float32.
+            Native planes by array of the layout, ``(B, K, h, w)``.
         """

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stores.codec import LOG_DENSITY_FLOOR
 from stores.maps import DerivedMap, MapLayout, MapSpec
-from teachers.base import Teacher, TeacherSpec
+from teachers.base import Precision, Teacher, TeacherSpec
 
 LEVELS: Final = ("fine", "medium", "coarse", "coarsest")
 """Hierarchical maps, at 1/2, 1/4, 1/8 and 1/16 of the input size."""
@@ -41,12 +41,20 @@ class PqftTeacher(Teacher):
         height: Rows of the input, in pixels; a multiple of 16.
         width: Columns of the input.
         device: Where it runs.
+        precision: Of its convolutions; the transforms are always float32.
 
     Raises:
         ValueError: If the size is not a multiple of 16.
     """
 
-    def __init__(self, *, height: int = 192, width: int = 256, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        *,
+        height: int = 192,
+        width: int = 256,
+        device: str = "cpu",
+        precision: Precision = "float32",
+    ) -> None:
         if height < 32 or width < 32 or height % 16 or width % 16:
             raise ValueError(
                 f"pqft needs a size of at least 32x32 in multiples of 16, got {height}x{width}"
@@ -85,14 +93,15 @@ class PqftTeacher(Teacher):
             ),
             batch=32,
         )
-        super().__init__(spec, device=device)
+        super().__init__(spec, device=device, precision=precision)
 
     def logits(self, windows: Tensor) -> dict[str, Tensor]:
         return self._label_pairs(_channels(windows[:, :, -1]), _intensity(windows[:, :, 0]))
 
-    @torch.inference_mode()
-    def label(self, frames: Tensor, *, first: int, span: range) -> dict[str, Tensor]:
-        """Label a span as :meth:`Teacher.label` does; a window's middle frames are not touched."""
+    def label_span(
+        self, frames: Tensor, *, first: int, span: range, num_frames: int
+    ) -> dict[str, Tensor]:
+        """Label a span; a window's middle frames are not touched."""
         now = torch.arange(span.start, span.stop)
         before = (now - MOTION_LAG).clamp_(min=0)
         return self._label_pairs(_channels(frames[now - first]), _intensity(frames[before - first]))

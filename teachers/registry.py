@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from teachers.base import Teacher
+from teachers.base import Precision, Teacher
 from teachers.pqft import PqftTeacher
 
 TEACHERS: Final[dict[str, Callable[..., Teacher]]] = {"pqft": PqftTeacher}
+"""Factories, called with ``device``, ``precision`` and, where they are given, ``height`` and
+``width`` of the frames fed to the network and ``weights``, the path of its file."""
+WITH_WEIGHTS: Final[frozenset[str]] = frozenset()
+"""Teachers that are nothing without a file of weights."""
 
 
 def build(
@@ -17,23 +22,48 @@ def build(
     *,
     size: tuple[int, int] | None = None,
     device: str = "cpu",
+    precision: Precision = "float32",
     weights: Path | None = None,
 ) -> Teacher:
     """Make a teacher.
 
     Args:
-        name: One of ``TEACHERS``.
+        name: One of ``TEACHERS``, or ``package.module:factory`` for one of your own.
         size: Height and width of the frames fed to it; the published one if not given.
         device: Where it runs.
+        precision: What it computes in.
         weights: File of its weights, for a teacher that has any.
 
     Raises:
-        ValueError: If there is no such teacher, the size does not fit it, or it has no weights.
+        ValueError: If there is no such teacher, the size does not fit it, or weights are missing or
+            given to one that has none.
+        TinyHDError: If the weights cannot be read.
     """
-    if name not in TEACHERS:
-        raise ValueError(f"no teacher {name!r}; there are: {', '.join(TEACHERS)}")
-    if weights is not None:
+    factory = TEACHERS.get(name) or _own_factory(name)
+    if weights is not None and name in TEACHERS and name not in WITH_WEIGHTS:
         raise ValueError(f"the teacher {name!r} has no weights, got {weights}")
-    if size is None:
-        return TEACHERS[name](device=device)
-    return TEACHERS[name](height=size[0], width=size[1], device=device)
+    if weights is None and name in WITH_WEIGHTS:
+        raise ValueError(f"the teacher {name!r} needs its weights; give them with --weights FILE")
+    options: dict[str, Any] = {"device": device, "precision": precision}
+    if size is not None:
+        options |= {"height": size[0], "width": size[1]}
+    if weights is not None:
+        options["weights"] = weights
+    teacher = factory(**options)
+    if not isinstance(teacher, Teacher):
+        raise ValueError(f"{name} gave a {type(teacher).__name__}, not a Teacher")
+    return teacher
+
+
+def _own_factory(name: str) -> Callable[..., Teacher]:
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"no teacher {name!r}; there are: {', '.join(TEACHERS)}, and your own as "
+            "package.module:factory"
+        )
+    try:
+        factory: Callable[..., Teacher] = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the teacher {name!r} cannot be imported: {error}") from error
+    return factory

@@ -26,6 +26,14 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what is learnt of the tests' videos out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYHD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def threads_of_the_process() -> Iterator[None]:
     """Give every test PyTorch's own number of threads: sums in another order are other numbers."""

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from distill.demo import CONFIG, run_demo
-from stores.videos import decode_video
+from stores.decode import decode_video
 from student.config import build_config
 
 

@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.events import ShardDone
 from distill.label import label_video
-from distill.plan import Task
+from distill.plan import Task, Unit
 from stores import schema
+from stores.decode import decode_video
 from stores.errors import TargetValueError, VideoError
 from stores.maps import MapLayout, MapSpec
+from stores.probing import probe_video
 from stores.shards import LabelSet
 from stores.targets import TargetStore
-from stores.videos import VideoRecord, decode_video, find_videos, probe_video
+from stores.videos import VideoRecord, find_videos
 from teachers.base import Teacher, TeacherSpec
 
 
@@ -60,15 +63,17 @@ def label_set(path: Path, record: VideoRecord, *, shard_frames: int = 32) -> Lab
         layout=MeanTeacher().spec.layout,
         shard_frames=shard_frames,
     )
-    return store.ensure_label_set(request, {})
+    return store.ensure_set(request, {})
 
 
 def run(labels: LabelSet, teacher: Teacher, shards: tuple[int, ...], batch: int = 7) -> None:
-    task = Task(labels.store.videos[0], shards)
-    done = label_video(
-        task, teacher=teacher, labels=labels, frames=None, reader="pyav", batch=batch
+    task = Task(
+        labels.store.videos[0], labels.grid, tuple(Unit(shard, (labels.key,)) for shard in shards)
     )
-    labels.commit(event.receipt for event in done)
+    events = label_video(
+        task, teacher=teacher, sets={labels.key: labels}, reader="pyav", batch=batch
+    )
+    labels.commit(event.receipt for event in events if isinstance(event, ShardDone))
 
 
 def brightness(video_folder: Path) -> np.ndarray:
@@ -121,7 +126,7 @@ def test_other_length_than_planned_is_an_error(
     from dataclasses import replace
 
     labels = label_set(tmp_path / "a.zarr", replace(record, frames=75))
-    with pytest.raises(VideoError, match="gave 70 frames, but 75 when it was probed"):
+    with pytest.raises(VideoError, match="ended before frame 70"):
         run(labels, MeanTeacher(), (0, 1, 2))
 
 

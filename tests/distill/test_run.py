@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from distill import DistillSettings, label_videos
+from distill.events import Failure, Retry, ShardDone
 from distill.executors import RayExecutor
-from distill.label import ShardDone, label_video
-from distill.plan import Failure, Task, plan_tasks
-from distill.worker import WorkerSettings
+from distill.label import label_video
+from distill.plan import Target, Task, Unit, plan_tasks
+from distill.worker import WorkerError, WorkerSettings
+from stores.decode import decode_video
 from stores.errors import StoreBusyError, TargetStoreError, VideoError
 from stores.targets import TargetStore
-from stores.videos import decode_video
 from teachers.registry import build
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def test_all_frames_are_labelled_by_the_teacher(undisturbed: Path, video_folder:
     store = TargetStore.open(undisturbed)
     teacher = build("pqft", size=(64, 64))
     frames = np.stack([teacher.resize(f) for f in decode_video(video_folder / "long.avi")])
-    expected = teacher.label(teacher.prepare(frames), first=0, span=range(70))
+    expected = teacher.label(teacher.prepare(frames), first=0, span=range(70), num_frames=70)
     stored = store.label_set().read("long", 0, 70)
     for name, values in expected.items():
         # Half a grid step, and rounding: windows are batched differently here.
@@ -75,8 +76,8 @@ def test_second_run_does_nothing(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("there was nothing to decode")
 
-    monkeypatch.setattr("stores.videos.decode_video", refuse)
-    monkeypatch.setattr("distill.label.decode_video", refuse)
+    monkeypatch.setattr("stores.probing.hash_file", refuse)
+    monkeypatch.setattr("distill.label.decode_spans", refuse)
     report = label_videos([video_folder], path, INLINE)
     assert (report.shards, report.videos, report.failures) == (0, 3, [])
     assert "nothing to do" in str(report)
@@ -149,10 +150,11 @@ def test_interrupted_run_keeps_what_is_done(tmp_path: Path, sample_folder: Path)
     assert process.returncode == 130
     assert errors.strip().splitlines()[-1].startswith("interrupted; run the same command again")
     assert "Traceback" not in errors
-    store = TargetStore.open(path)
-    (span,) = store.label_set().coverage(store.videos[0].id)
-    assert span.start == 0
-    assert span.stop >= 32
+    labels = TargetStore.open(path).label_set()
+    written = {file.name for file in path.glob("labels/*/maps_96x128/c.*")}
+    assert 3 <= len(written) < 16
+    # What was begun is finished, and nothing that was written is lost.
+    assert {f"c.{shard}.0.0.0" for shard in labels.receipts.shards()} == written
 
 
 def test_broken_video_among_good_ones_is_skipped(
@@ -240,9 +242,9 @@ def test_video_that_changes_after_the_probe_is_not_labelled(
 ) -> None:
     video = make_video(tmp_path / "videos" / "a.avi", frames=20, seed=1)
 
-    def change_then_plan(*arguments: Any) -> list[Task]:  # noqa: ANN401
+    def change_then_plan(*arguments: Any, **options: Any) -> list[Task]:  # noqa: ANN401
         make_video(video, frames=30, seed=2)
-        return plan_tasks(*arguments)
+        return plan_tasks(*arguments, **options)
 
     monkeypatch.setattr("distill.run.plan_tasks", change_then_plan)
     report = label_videos([tmp_path / "videos"], tmp_path / "targets.zarr", INLINE)
@@ -263,7 +265,8 @@ def test_any_failure_of_one_video_leaves_the_others(
 
     monkeypatch.setattr("distill.worker.label_video", fail_once)
     report = label_videos([tmp_path / "videos"], tmp_path / "targets.zarr", INLINE)
-    assert [(f.video, f.reason) for f in report.failures] == [("a", "no space left on device")]
+    said = {(failure.video, failure.reason, failure.tries) for failure in report.failures}
+    assert said == {("a", "OSError: no space left on device", 3)}
     assert report.videos == 1
 
 
@@ -298,65 +301,58 @@ def ray_executor(tmp_path: Path, undisturbed: Path, local_ray: None) -> MakeExec
     settings = WorkerSettings(
         store=str(path),
         token=json.loads((path / "runs" / "driver").read_text())["token"],
-        labels=labels.name,
-        frames=None,
+        sets=(labels.key,),
         teacher="pqft",
         size=(64, 64),
-        reader="pyav",
         batch=32,
-        threads=1,
     )
-    tasks = [Task(video, tuple(labels.missing(video))) for video in store.videos]
-    return lambda **change: (
-        RayExecutor(replace(settings, **change), actors=1, cpus_per_actor=1),
-        tasks,
-    )
+    tasks = plan_tasks(store.videos, [Target.of(labels)])
+    return lambda **change: (RayExecutor(replace(settings, **change), actors=1), tasks)
+
+
+def run_all(executor: RayExecutor, tasks: list[Task]) -> list[Any]:
+    with executor:
+        return [event for event in executor.run(tasks) if event is not None]
 
 
 @pytest.mark.ray
-def test_task_of_a_dead_actor_is_done_by_another(
-    ray_executor: MakeExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_task_of_a_dead_actor_is_done_by_another(ray_executor: MakeExecutor) -> None:
     import ray
 
     executor, tasks = ray_executor()
-    actors: list[Any] = []
-    make_actor = executor._new_actor
-
-    def remember_actor() -> Any:  # noqa: ANN401
-        actors.append(make_actor())
-        return actors[-1]
-
-    monkeypatch.setattr(executor, "_new_actor", remember_actor)
     shards: list[int] = []
-    for event in executor.run(tasks):
-        if isinstance(event, ShardDone):
-            shards.append(event.receipt.shard)
-            if len(shards) == 2:
-                ray.kill(actors[0])
-    assert len(actors) == 2
-    assert sorted(shards) == sorted(shard for task in tasks for shard in task.label_shards)
+    retries = 0
+    with executor:
+        for event in executor.run(tasks):
+            retries += isinstance(event, Retry)
+            if isinstance(event, ShardDone):
+                shards.append(event.receipt.shard)
+                if len(shards) == 2:
+                    ray.kill(executor._crew[0].handle)
+    assert retries == 1
+    assert set(shards) == {unit.shard for task in tasks for unit in task.units}
 
 
 @pytest.mark.ray
-def test_task_that_fails_three_times_is_given_up_and_the_rest_is_done(
+def test_unit_that_fails_three_times_is_given_up_and_the_rest_is_done(
     ray_executor: MakeExecutor,
 ) -> None:
     executor, tasks = ray_executor()
-    hopeless = replace(tasks[0], label_shards=(10**9,))  # there is no such shard
-    events = [event for event in executor.run([hopeless, *tasks[1:]]) if event is not None]
-    failures = [event for event in events if isinstance(event, Failure)]
-    assert [failure.video for failure in failures] == [tasks[0].video.id]
-    assert "failed 3 times" in failures[0].reason
-    assert len(events) == 1 + sum(len(task.label_shards) for task in tasks[1:])
+    first, *others = tasks[0].units
+    beyond = Unit(10**9, first.sets)  # there is no such shard
+    events = run_all(executor, [tasks[0].with_units([first, beyond, *others]), *tasks[1:]])
+    (failure,) = [event for event in events if isinstance(event, Failure)]
+    assert (failure.video, failure.tries, len(failure.shards)) == (tasks[0].video.id, 3, 1)
+    assert "Traceback" in failure.traceback
+    done = {event.receipt.shard for event in events if isinstance(event, ShardDone)}
+    assert done == {unit.shard for task in tasks for unit in task.units}
 
 
 @pytest.mark.ray
-def test_teacher_that_cannot_be_made_is_reported(ray_executor: MakeExecutor) -> None:
+def test_teacher_that_cannot_be_made_ends_the_run(ray_executor: MakeExecutor) -> None:
     executor, tasks = ray_executor(size=(50, 50))
-    (event,) = [event for event in executor.run(tasks[:1]) if event is not None]
-    assert isinstance(event, Failure)
-    assert "multiples of 16" in event.reason
+    with pytest.raises(WorkerError, match=r"no worker can start: .*multiples of 16"):
+        run_all(executor, tasks)
 
 
 @pytest.mark.ray
@@ -365,5 +361,5 @@ def test_more_actors_than_cpus_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         label_videos([video_folder], tmp_path / "t.zarr", replace(ON_RAY, actors=500))
-    with pytest.raises(ValueError, match=r"does not fit.*--cpus-per-actor"):
+    with pytest.raises(ValueError, match=r"do not fit.*--cpus-per-actor"):
         label_videos([video_folder], tmp_path / "t.zarr", replace(ON_RAY, cpus_per_actor=500))

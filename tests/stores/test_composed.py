@@ -71,7 +71,7 @@ def through_the_store(store: TargetStore, layout: MapLayout, planes: np.ndarray)
     request = schema.LabelRequest(
         teacher="hd2s", provenance={"window": 1}, layout=layout, shard_frames=16
     )
-    labels = store.ensure_label_set(request, {})
+    labels = store.ensure_set(request, {})
     video = store.video("v")
     whole = np.repeat(planes, 16, axis=0).astype(np.float32)
     shard = labels.shards(video)[0]

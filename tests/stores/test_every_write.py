@@ -35,7 +35,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def label(store: TargetStore, *, every: int = 1, window: int = 4) -> None:
-    labels = store.ensure_label_set(request(window=window), {"machine": "test"})
+    labels = store.ensure_set(request(window=window), {"machine": "test"})
     for video in store.videos:
         for shard in labels.missing(video)[::every]:
             span = labels.frames_of(shard, video)
@@ -64,7 +64,7 @@ def add_frames(path: Path) -> None:
     store = TargetStore.open(path / "a.zarr", mode="r+")
     with store.writer():
         asked = schema.FrameRequest(height=8, width=8, decoder={"reader": "t"}, shard_frames=16)
-        frames = store.ensure_frame_set(asked, {})
+        frames = store.ensure_set(asked, {})
         video = store.video("w")
         for shard in frames.missing(video):
             count = len(frames.frames_of(shard, video))

@@ -35,7 +35,7 @@ from tests.stores.test_targets import planes, record, request
 store = TargetStore.open_or_create(sys.argv[1])
 with store.writer() as token:
     store.add_videos([record(f"v{i}", 16 * 20) for i in range(20)])
-    labels = store.ensure_label_set(request(), {})
+    labels = store.ensure_set(request(), {})
     labels.write_only_for(token)
     print("ready", flush=True)
     for video in store.videos:
@@ -125,7 +125,7 @@ def test_full_disk_is_reported_and_leaves_the_store_consistent(small_disk: Path)
     store = TargetStore.create(small_disk / "targets.zarr")
     with store.writer():
         store.add_videos([record("v", 256 * 100)])
-        labels = store.ensure_label_set(request((64, 64)), {})
+        labels = store.ensure_set(request((64, 64)), {})
         data = {"maps_64x64": np.random.default_rng(0).normal(0, 9, (16, 1, 64, 64))}
         values = {name: array.astype(np.float32) for name, array in data.items()}
         with pytest.raises(StoreWriteError, match=r"no space is left .* make room"):
@@ -139,7 +139,7 @@ def test_full_disk_is_reported_and_leaves_the_store_consistent(small_disk: Path)
 def test_write_protected_store_says_so(tmp_path: Path) -> None:
     store = TargetStore.create(tmp_path / "targets.zarr")
     store.add_videos([record("v", 16)])
-    labels = store.ensure_label_set(request(), {})
+    labels = store.ensure_set(request(), {})
     folder = tmp_path / "targets.zarr" / labels.key / "maps_8x8"
     folder.rename(folder.with_name("aside"))
     folder.write_bytes(b"")  # also root cannot write below a file
@@ -187,7 +187,7 @@ def test_many_write_and_read_at_once(tmp_path: Path) -> None:
     store = TargetStore.create(path)
     with store.writer() as token:
         store.add_videos([record(f"v{i}", 16 * 20) for i in range(10)])
-        labels = store.ensure_label_set(request(), {})
+        labels = store.ensure_set(request(), {})
         writers = [
             spawn.Process(target=write_some, args=(path, token, part, receipts))
             for part in range(4)
@@ -220,7 +220,7 @@ def read_in_child(labels: LabelSet) -> float:
 def test_opened_label_set_is_read_in_forked_processes(tmp_path: Path) -> None:
     store = TargetStore.create(tmp_path / "targets.zarr")
     store.add_videos([record("v", 16)])
-    labels = store.ensure_label_set(request(), {})
+    labels = store.ensure_set(request(), {})
     video = store.video("v")
     labels.commit([labels.write_shard(labels.shards(video)[0], planes(16), video)])
     expected = read_in_child(labels)

@@ -68,7 +68,7 @@ def test_what_is_written_is_read(url: str) -> None:
     store = TargetStore.create(url)
     with store.writer() as token:
         store.add_videos([record("a", 40), record("b", 16)])
-        labels = store.ensure_label_set(request(), {"machine": "test"})
+        labels = store.ensure_set(request(), {"machine": "test"})
         labels.write_only_for(token)
         video, data = store.video("a"), planes(16)
         shard = labels.shards(video)[1]
@@ -200,7 +200,7 @@ def test_stale_lease_is_taken_over_and_its_driver_stops(url: str) -> None:
     """A driver whose machine sleeps: it beats no more, and then goes on."""
     store = TargetStore.create(url)
     store.add_videos([record("c", 16)])
-    labels = store.ensure_label_set(request(), {})
+    labels = store.ensure_set(request(), {})
     video = store.video("c")
     with lease(url, beat_seconds=1000, stale_seconds=1000) as asleep:
         store._lease = asleep
@@ -273,7 +273,7 @@ from stores.targets import TargetStore
 from tests.stores.test_targets import planes, request
 store = TargetStore.open({url!r}, mode="r+")
 with store.writer() as token:
-    labels = store.ensure_label_set(request(), {{}})
+    labels = store.ensure_set(request(), {{}})
     labels.write_only_for(token)
     video = store.video("a")
     for shard in labels.shards(video):

@@ -73,7 +73,7 @@ def store(tmp_path: Path) -> TargetStore:
 
 @pytest.fixture
 def labels(store: TargetStore) -> LabelSet:
-    return store.ensure_label_set(request(), {"machine": "test"})
+    return store.ensure_set(request(), {"machine": "test"})
 
 
 def test_videos_start_at_multiples_of_256(store: TargetStore) -> None:
@@ -171,7 +171,7 @@ def test_incomplete_shards_are_refused(store: TargetStore, labels: LabelSet) -> 
 
 
 def test_black_frames_are_written_like_others(store: TargetStore) -> None:
-    frames = store.ensure_frame_set(
+    frames = store.ensure_set(
         schema.FrameRequest(height=8, width=8, decoder={"reader": "test"}, shard_frames=16), {}
     )
     video = store.video("c")
@@ -183,9 +183,9 @@ def test_black_frames_are_written_like_others(store: TargetStore) -> None:
 
 
 def test_equal_requests_find_the_same_label_set(store: TargetStore, labels: LabelSet) -> None:
-    again = store.ensure_label_set(request(), {"machine": "another"})
+    again = store.ensure_set(request(), {"machine": "another"})
     assert (again.name, again.attributes) == (labels.name, labels.attributes)
-    other = store.ensure_label_set(request(window=5), {})
+    other = store.ensure_set(request(window=5), {})
     assert other.fingerprint != labels.fingerprint
     with pytest.raises(LabelSetNotFoundError, match=f"{labels.name}|{other.name}"):
         store.label_set()
@@ -200,7 +200,7 @@ def test_label_set_grows_with_the_videos(store: TargetStore, labels: LabelSet) -
     labels.commit([labels.write_shard(labels.shards(video)[0], planes(16), video)])
     before = labels.read("c", 0, 16)
     store.add_videos([record("d", 20)])
-    grown = store.ensure_label_set(request(), {})
+    grown = store.ensure_set(request(), {})
     assert grown.missing(store.video("d")) == list(grown.shards(store.video("d")))
     for name, values in grown.read("c", 0, 16).items():
         np.testing.assert_array_equal(values, before[name])
@@ -270,7 +270,7 @@ def test_dropped_rows_and_label_sets_do_not_count(store: TargetStore, labels: La
     with pytest.raises(LabelSetNotFoundError, match="none at all"):
         reopened.label_set()
     with pytest.raises(TargetStoreError, match="being dropped"):
-        reopened.ensure_label_set(request(), {})
+        reopened.ensure_set(request(), {})
 
 
 def test_label_set_that_holds_nothing_is_not_the_only_one(
@@ -278,7 +278,7 @@ def test_label_set_that_holds_nothing_is_not_the_only_one(
 ) -> None:
     video = store.video("c")
     labels.commit([labels.write_shard(labels.shards(video)[0], planes(16), video)])
-    store.ensure_label_set(request(window=9), {})
+    store.ensure_set(request(window=9), {})
     assert store.label_set().name == labels.name
 
 
@@ -369,7 +369,7 @@ def test_store_that_was_opened_for_reading_is_not_written(
     reader = TargetStore.open(store.url)
     for write in (
         lambda: reader.add_videos([record("d", 5)]),
-        lambda: reader.ensure_label_set(request(), {}),
+        lambda: reader.ensure_set(request(), {}),
         lambda: reader.drop_set(labels.key),
         lambda: reader.label_set(labels.name).clear([0]),
     ):

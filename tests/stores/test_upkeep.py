@@ -27,7 +27,7 @@ def make(path: Path, videos: dict[str, int], *, window: int = 4, every: int = 1)
     store = TargetStore.open_or_create(path)
     with store.writer():
         store.add_videos([record(name, frames) for name, frames in videos.items()])
-        labels = store.ensure_label_set(request(window=window), {"machine": "test"})
+        labels = store.ensure_set(request(window=window), {"machine": "test"})
         for name in videos:
             video = store.video(name)
             for shard in labels.shards(video)[::every]:
@@ -155,7 +155,7 @@ def test_dropped_label_set_can_be_made_again(tmp_path: Path) -> None:
     with store.writer():
         store.drop_set(store.label_set().key)
         with pytest.raises(TargetStoreError, match="tinyhd store drop"):
-            store.ensure_label_set(request(), {})
+            store.ensure_set(request(), {})
         sweep(store)
         with pytest.raises(LabelSetNotFoundError):
             store.label_set()
@@ -222,16 +222,16 @@ def test_larger_samples_contain_smaller_ones(tmp_path: Path) -> None:
     labels = store.label_set()
     for name in ("a", "b"):
         video = store.video(name)
-        samples = [set(labels.sample(video, blocks=n, seed=3)) for n in (1, 4, 9, 1000)]
+        samples = [set(labels.grid.sample(video, blocks=n, seed=3)) for n in (1, 4, 9, 1000)]
         assert [len(sample) for sample in samples] == [1, 4, 9, 63]
         assert samples[0] < samples[1] < samples[2] < samples[3]
-        assert samples[2] != set(labels.sample(video, blocks=9, seed=4))
+        assert samples[2] != set(labels.grid.sample(video, blocks=9, seed=4))
         poor = {labels.shards(video)[0], labels.shards(video)[-1]}  # no full window; not full
         assert not samples[2] & poor
     offsets = [
         [
             shard - labels.shards(store.video(name)).start
-            for shard in labels.sample(store.video(name), blocks=9, seed=3)
+            for shard in labels.grid.sample(store.video(name), blocks=9, seed=3)
         ]
         for name in ("a", "b")
     ]

@@ -32,12 +32,12 @@ def path(tmp_path: Path) -> Path:
     store = TargetStore.create(path)
     with store.writer():
         store.add_videos([record("a", 40), record("b", 16)])
-        labels = store.ensure_label_set(request(), {"machine": "test"})
+        labels = store.ensure_set(request(), {"machine": "test"})
         for video in store.videos:
             for shard in labels.shards(video):
                 data = planes(len(labels.frames_of(shard, video)), seed=shard)
                 labels.commit([labels.write_shard(shard, data, video)])
-        frames = store.ensure_frame_set(
+        frames = store.ensure_set(
             schema.FrameRequest(height=8, width=8, decoder={"reader": "test"}, shard_frames=16), {}
         )
         video = store.video("b")

@@ -10,8 +10,10 @@ import av
 import numpy as np
 import pytest
 
+from stores.decode import decode_video
 from stores.errors import VideoError
-from stores.videos import decode_video, find_videos, probe_video
+from stores.probing import probe_video
+from stores.videos import find_videos
 
 if TYPE_CHECKING:
     from tests.conftest import MakeVideo

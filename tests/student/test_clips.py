@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from stores.decode import decode_video
 from stores.errors import VideoError
 from stores.frames import resize_frames
 from stores.targets import TargetStore
-from stores.videos import decode_video
 from student.clips import (
     ClipDataset,
     ClipKey,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stores.videos import decode_video
+from stores.decode import decode_video
 from student.pictures import (
     colour_map,
     contact_sheet,

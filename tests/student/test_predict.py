@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cli import cli
-from stores.videos import decode_video, read_header
+from stores.decode import decode_video, read_header
 from student.checkpoints import save_checkpoint
 from student.pictures import gray_map, resize_map
 from student.predict import (

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stores.videos import decode_video
+from stores.decode import decode_video
 from student.blocks import InvertedResidual
 from student.checkpoints import save_checkpoint
 from student.config import TinyHDConfig, build_config

@@ -66,7 +66,7 @@ def frames() -> np.ndarray:
 
 def test_maps_are_those_of_the_paper(frames: np.ndarray) -> None:
     teacher = PqftTeacher(height=64, width=64)
-    planes = teacher.label(teacher.prepare(frames), first=0, span=range(7, 8))
+    planes = teacher.label(teacher.prepare(frames), first=0, span=range(7, 8), num_frames=9)
     for size in (8, 4, 16):
         expected = quaternion_saliency(frames[7] / 255, frames[4] / 255, size)
         given = planes[f"maps_{size}x{size}"][0, 0].exp().numpy()
@@ -76,17 +76,17 @@ def test_maps_are_those_of_the_paper(frames: np.ndarray) -> None:
 def test_shared_frames_give_the_numbers_of_whole_windows(frames: np.ndarray) -> None:
     teacher = PqftTeacher(height=64, width=64)
     prepared = teacher.prepare(frames[2:])
-    shared = teacher.label(prepared, first=2, span=range(5, 9))
-    plain = Teacher.label(teacher, prepared, first=2, span=range(5, 9))
+    shared = teacher.label(prepared, first=2, span=range(5, 9), num_frames=9)
+    plain = Teacher.label_span(teacher, prepared, first=2, span=range(5, 9), num_frames=9)
     for name, values in plain.items():
         torch.testing.assert_close(shared[name], values, rtol=1e-5, atol=1e-6)
 
 
 def test_first_frames_see_copies_of_frame_0(frames: np.ndarray) -> None:
     teacher = PqftTeacher(height=64, width=64)
-    head = teacher.label(teacher.prepare(frames), first=0, span=range(3))
+    head = teacher.label(teacher.prepare(frames), first=0, span=range(3), num_frames=9)
     padded = np.concatenate([np.repeat(frames[:1], 3, axis=0), frames])
-    later = teacher.label(teacher.prepare(padded), first=0, span=range(3, 6))
+    later = teacher.label(teacher.prepare(padded), first=0, span=range(3, 6), num_frames=9)
     for name, values in head.items():
         torch.testing.assert_close(values, later[name], rtol=1e-5, atol=1e-6)
 
@@ -94,7 +94,7 @@ def test_first_frames_see_copies_of_frame_0(frames: np.ndarray) -> None:
 def test_saliency_is_a_density_that_finds_what_moves(frames: np.ndarray) -> None:
     teacher = PqftTeacher(height=64, width=64)
     layout = teacher.spec.layout
-    planes = teacher.label(teacher.prepare(frames), first=0, span=range(4, 9))
+    planes = teacher.label(teacher.prepare(frames), first=0, span=range(4, 9), num_frames=9)
     maps = render_maps(planes, layout, [layout.saliency, *layout.hierarchical], height=64, width=64)
     for saliency in maps.values():
         torch.testing.assert_close(saliency.mean((1, 2)), torch.ones(5), rtol=0.05, atol=0)
@@ -107,10 +107,10 @@ def test_saliency_is_a_density_that_finds_what_moves(frames: np.ndarray) -> None
 def test_empty_pictures_are_uniform_and_finite() -> None:
     teacher = PqftTeacher(height=64, width=64)
     black = teacher.prepare(np.zeros((5, 64, 64, 3), np.uint8))
-    for values in teacher.label(black, first=0, span=range(5)).values():
+    for values in teacher.label(black, first=0, span=range(5), num_frames=9).values():
         torch.testing.assert_close(values, torch.zeros_like(values), atol=1e-4, rtol=0)
     grey = teacher.prepare(np.full((5, 64, 64, 3), 128, np.uint8))
-    for values in teacher.label(grey, first=0, span=range(5)).values():
+    for values in teacher.label(grey, first=0, span=range(5), num_frames=9).values():
         assert values.isfinite().all()
 
 
