@@ -11,7 +11,7 @@ import click
 
 # Ray, torch and zarr load only when a command runs, so that --help answers at once.
 
-TEACHER_NAMES = ("pqft",)
+TEACHER_NAMES = ("pqft", "assistant")
 VARIANT_NAMES = (
     *("tinyhd-s", "tinyhd-s-rc2", "tinyhd-s-rc4"),
     *("tinyhd-m", "tinyhd-m-rc2", "tinyhd-m-rc4"),
@@ -166,6 +166,12 @@ def cli(*, verbose: bool) -> None:
     help="Where workers run; inline: one, in this process.",
 )
 @click.option("--address", help="Ray cluster to use.  [default: one of its own on this machine]")
+@click.option("--dry-run", is_flag=True, help="Say what is missing and what it takes; do nothing.")
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="With --dry-run: label for half a minute, elsewhere, and say hours and size.",
+)
 @click.option("--retry-failed", is_flag=True, help="Try again what failed in earlier runs, too.")
 @click.option(
     "--hang-seconds",
@@ -174,9 +180,12 @@ def cli(*, verbose: bool) -> None:
     help="Stop a worker that gets nothing done for so long, and try elsewhere.",
 )
 def distill_command(
+    *,
     videos: tuple[Path, ...],
     lists: tuple[Path, ...],
     store: str,
+    dry_run: bool,
+    calibrate: bool,
     **options: Any,  # noqa: ANN401 - fields of DistillSettings
 ) -> None:
     """Label VIDEOS, files or folders, with a teacher and keep its soft targets.
@@ -195,6 +204,8 @@ def distill_command(
 
     if not (videos or lists):
         raise click.UsageError("name VIDEOS, or a list of them with --videos-from")
+    if calibrate and not dry_run:
+        raise click.UsageError("--calibrate goes with --dry-run")
     blocks, seed = options.pop("blocks_per_video"), options.pop("seed")
     shard_frames = options.pop("shard_frames")
     if blocks is not None and shard_frames not in (None, "16"):
@@ -205,6 +216,11 @@ def distill_command(
         grid_step=float(Fraction(options.pop("grid_step"))),
         **options,
     )
+    if dry_run:
+        from distill.forecast import forecast_run
+
+        click.echo(forecast_run(videos, store, settings, lists=lists, calibrate=calibrate))
+        return
     report = label_videos(videos, store, settings, lists=lists)
     click.echo(report)
     for line in sorted({f"  failed: {item.video}: {item.reason}" for item in report.failures}):

@@ -69,7 +69,7 @@ class StoreSummary:
         replaced = f", {self.replaced} replaced since" if self.replaced else ""
         lines = [
             f"{self.url}: target store, format version {self.version}",
-            f"{self.videos} videos{replaced}, {self.frames} frames, {_size(self.bytes)}",
+            f"{self.videos} videos{replaced}, {self.frames} frames, {format_bytes(self.bytes)}",
         ]
         for item in self.sets:
             lines += ["", *_set_lines(item)]
@@ -212,9 +212,9 @@ def _set_lines(item: SetSummary) -> list[str]:
     lines = [
         f"{item.kind}/{item.name}",
         f"  {item.frames} frames ({item.coverage:.1%}) in {item.shards} shards, "
-        f"{_size(item.bytes)}",
+        f"{format_bytes(item.bytes)}",
     ]
-    lines += [f"  {name}: {_size(size)}" for name, size in item.bytes_of_arrays.items()]
+    lines += [f"  {name}: {format_bytes(size)}" for name, size in item.bytes_of_arrays.items()]
     if item.bytes and item.frames:
         ratio = f"  1/{item.raw_bytes / item.bytes:.1f} of the values unpacked"
         if item.full_size_bytes:
@@ -246,7 +246,8 @@ def _when(seconds: float) -> str:
     return moment.strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _size(number: float) -> str:
+def format_bytes(number: float) -> str:
+    """Return a number of bytes as one reads it."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.4g} {unit}"

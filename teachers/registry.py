@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from teachers.assistant import AssistantTeacher
 from teachers.base import Precision, Teacher
 from teachers.pqft import PqftTeacher
 
-TEACHERS: Final[dict[str, Callable[..., Teacher]]] = {"pqft": PqftTeacher}
+TEACHERS: Final[dict[str, Callable[..., Teacher]]] = {
+    "pqft": PqftTeacher,
+    "assistant": AssistantTeacher,
+}
 """Factories, called with ``device``, ``precision`` and, where they are given, ``height`` and
 ``width`` of the frames fed to the network and ``weights``, the path of its file."""
-WITH_WEIGHTS: Final[frozenset[str]] = frozenset()
+WITH_WEIGHTS: Final = frozenset({"assistant"})
 """Teachers that are nothing without a file of weights."""
 
 
