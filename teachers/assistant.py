@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,8 @@ from student.config import CLIP_FRAMES
 from student.tinyhd import IMAGENET_MEAN, IMAGENET_STD, TinyHD
 from teachers.base import Precision, Teacher, TeacherSpec
 
-CLIPS_AT_ONCE = 4
-SALIENCY = "saliency"
+CLIPS_AT_ONCE: Final = 4
+SALIENCY: Final = "saliency"
 
 
 class AssistantTeacher(Teacher):
@@ -81,7 +82,8 @@ class AssistantTeacher(Teacher):
     def resize(self, frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Squash a decoded frame as students see it."""
         layout = self.spec.layout
-        return resize_frames(frame[None], layout.height, layout.width)[0]
+        resized = resize_frames(frame[None], layout.height, layout.width)
+        return resized.reshape(resized.shape[1:])
 
     def normalise(self, frames: Tensor) -> Tensor:
         mean = torch.tensor(IMAGENET_MEAN, device=frames.device).view(3, 1, 1)
@@ -143,7 +145,7 @@ def _layout(model: TinyHD, height: int, width: int) -> MapLayout:
     fusion = DerivedMap(
         name=SALIENCY,
         terms=tuple(zip(fused, weights, strict=True)),
-        bias=float(model.fusion.get_parameter("bias")),
+        bias=float(model.fusion.get_parameter("bias").detach()),
         activation="sigmoid",
     )
     return MapLayout(

@@ -32,8 +32,8 @@ def checkpoint(path: Path, config: TinyHDConfig) -> Path:
     model = TinyHD(config)
     for module in model.modules():  # statistics that are not those of a new network
         if isinstance(module, torch.nn.BatchNorm3d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(module.get_buffer("running_mean"), 0, 0.1)
+            torch.nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2)
     save_checkpoint(path, model.eval())
     return path
 
