@@ -43,6 +43,8 @@ HANG_SECONDS: Final = 300.0
 """A decoder that gives no frame for so long is taken to hang."""
 BEAT_SECONDS: Final = 1.0
 POLL_SECONDS: Final = 0.2
+PROGRAM: Final = "from stores.probing import serve; serve()"
+"""What a process that decodes runs."""
 FILES_AT_ONCE: Final = 256
 """Between two looks at the cache; what is learnt of them is kept together."""
 
@@ -287,7 +289,7 @@ class _Decoder:
         before = os.environ.get("PYTHONPATH")
         self._reader = reader
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from stores.probing import serve; serve()"],
+            [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if log.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL,

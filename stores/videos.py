@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -43,12 +44,14 @@ class FileStamp:
         """Look at a file.
 
         Raises:
-            VideoError: If it is not there.
+            VideoError: If it is not there, or no file that can be read twice.
         """
         try:
             status = path.stat()
         except OSError as error:
             raise VideoError(f"cannot read {path}: {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be read for ever
+            raise VideoError(f"{path} is no regular file")
         return cls(status.st_size, status.st_mtime_ns)
 
 

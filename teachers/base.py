@@ -211,7 +211,7 @@ class Teacher(ABC):
         """Run the network on whole windows.
 
         Args:
-            windows: ``(B, 3, T, H, W)``, prepared, oldest frame first.
+            windows: ``(B, 3, T, H, W)``, prepared, in the order of :meth:`window`.
 
         Returns:
             Native planes by array of the layout, ``(B, K, h, w)``.

@@ -9,15 +9,17 @@ from typing import Any, Final
 
 from teachers.assistant import AssistantTeacher
 from teachers.base import Precision, Teacher
+from teachers.hd2s import Hd2sTeacher
 from teachers.pqft import PqftTeacher
 
 TEACHERS: Final[dict[str, Callable[..., Teacher]]] = {
     "pqft": PqftTeacher,
+    "hd2s": Hd2sTeacher,
     "assistant": AssistantTeacher,
 }
 """Factories, called with ``device``, ``precision`` and, where they are given, ``height`` and
 ``width`` of the frames fed to the network and ``weights``, the path of its file."""
-WITH_WEIGHTS: Final = frozenset({"assistant"})
+WITH_WEIGHTS: Final = frozenset({"hd2s", "assistant"})
 """Teachers that are nothing without a file of weights."""
 
 

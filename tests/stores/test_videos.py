@@ -136,3 +136,37 @@ def test_two_videos_of_one_name_are_refused(tmp_path: Path, make_video: MakeVide
     make_video(tmp_path / "a.mp4", frames=3)
     with pytest.raises(VideoError, match="both be called 'a'"):
         find_videos([tmp_path])
+
+
+def test_lists_name_videos(tmp_path: Path, make_video: MakeVideo) -> None:
+    make_video(tmp_path / "clips" / "a.avi", frames=3)
+    other = make_video(tmp_path / "elsewhere" / "b.avi", frames=3)
+    plain = tmp_path / "list.txt"
+    plain.write_text(f"# two videos\nclips/a.avi\n\n{other}\n")
+    assert [(v.id, v.absolute) for v in find_videos([], [plain])] == [
+        ("b", other),
+        ("clips/a", tmp_path / "clips" / "a.avi"),
+    ]
+    table = tmp_path / "list.csv"
+    table.write_text("id,path,comment\nfirst,clips/a.avi,x\n,elsewhere/b.avi,\n")
+    assert [video.id for video in find_videos([], [table])] == ["elsewhere/b", "first"]
+    assert len(find_videos([tmp_path / "clips"], [table])) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("list.txt", "a.avi\nnowhere.avi\n", r"list\.txt, line 1: .*a\.avi is no file"),
+        ("list.txt", "# nothing\n", r"list\.txt names no video"),
+        ("list.csv", "name,file\nx,y\n", r"no column 'path'; its columns are: name, file"),
+        ("list.csv", "", r"no column 'path'; its columns are: none"),
+        ("list.txt", "\udcff\n", "is no list of videos"),
+    ],
+)
+def test_lists_that_are_none_are_refused(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(VideoError, match=message):
+        find_videos([], [path])
