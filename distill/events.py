@@ -24,6 +24,13 @@ class ShardDone:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """A unit that a worker begins."""
+
+    shard: int
+
+
+@dataclass(frozen=True)
 class Labelled:
     """Frames that went through the teacher; negative where they have to go again."""
 
@@ -87,9 +94,9 @@ class Failure:
     """Of that file."""
 
 
-WorkerEvent = ShardDone | Labelled | Usage | Stumble
+WorkerEvent = Begun | ShardDone | Labelled | Usage | Stumble
 """What comes from a worker."""
-Event = ShardDone | Labelled | Usage | Retry | Failure
+Event = Begun | ShardDone | Labelled | Usage | Retry | Failure
 """What comes from an executor."""
 
 

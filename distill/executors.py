@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from distill.events import (
+    Begun,
     Event,
     Failure,
     Labelled,
@@ -27,6 +28,7 @@ from distill.events import (
 from distill.plan import Task, Unit
 from distill.worker import LabelWorker, WorkerError, WorkerInfo, WorkerSettings
 from stores.errors import TargetStoreError
+from stores.schema import LabelRequest
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +53,20 @@ class _Attempt:
     task: Task
     done: set[tuple[int, str]] = field(default_factory=set)
     """Shard and set of what is done."""
+    begun: set[int] = field(default_factory=set)
     labelled: int = 0
     """Frames of units that are not done."""
 
     def note(self, event: WorkerEvent) -> None:
         """Remember what a worker told."""
-        if isinstance(event, ShardDone):
-            self.done.add((event.receipt.shard, event.set))
-        if isinstance(event, Labelled):
+        if isinstance(event, Begun):
+            self.begun.add(event.shard)
+        elif isinstance(event, Labelled):
             self.labelled += event.num_frames
-        elif isinstance(event, ShardDone) and event.set.startswith("labels/"):
-            self.labelled -= event.num_frames
+        elif isinstance(event, ShardDone):
+            self.done.add((event.receipt.shard, event.set))
+            if event.set.startswith(f"{LabelRequest.folder}/"):
+                self.labelled -= event.num_frames
 
     @property
     def left(self) -> list[Unit]:
@@ -77,8 +82,8 @@ class _Attempt:
 class Executor(ABC):
     """Does tasks and says what came of them; use in a ``with``.
 
-    A task that a worker could not finish is tried again: first the unit that may be at fault,
-    alone, then the rest. After three tries a unit is a failure, and the others go on.
+    A task that a worker could not finish is tried again: first the units that may be at fault, one
+    by one, then the rest. After three tries a unit is a failure, and the others go on.
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
@@ -121,16 +126,24 @@ class Executor(ABC):
         if stumble.blame == "video":
             yield failure_of(task, tuple(left), stumble, 1)
             return
-        suspect, *rest = left
-        name = (task.video.first, suspect.shard)
-        tries = self._tries[name] = self._tries.get(name, 0) + 1
+        suspects = [unit for unit in left if unit.shard in attempt.begun] or left[:1]
+        rest = [unit for unit in left if unit not in suspects]
         if rest and not self._is_draining:
             self._waiting.append(task.with_units(rest))
-        if stumble.is_final or tries >= TRIES:
-            yield failure_of(task, (suspect,), stumble, tries)
-        elif not self._is_draining:
-            self._waiting.appendleft(task.with_units([suspect]))
-            yield Retry(task.video.id, tries, stumble.reason)
+        if stumble.is_final:  # it was raised by the last one that was begun
+            suspects, others = suspects[-1:], suspects[:-1]
+            self._waiting.extendleft(task.with_units([unit]) for unit in others)
+        most = 0
+        for unit in suspects:
+            name = (task.video.first, unit.shard)
+            tries = self._tries[name] = self._tries.get(name, 0) + 1
+            if stumble.is_final or tries >= TRIES:
+                yield failure_of(task, (unit,), stumble, tries)
+            elif not self._is_draining:
+                self._waiting.appendleft(task.with_units([unit]))
+                most = max(most, tries)
+        if most:
+            yield Retry(task.video.id, most, stumble.reason)
 
 
 class InlineExecutor(Executor):
@@ -335,7 +348,7 @@ class RayExecutor(Executor):
             if actor.info is None:
                 yield from self._start_again(actor, error)
             else:
-                yield from self._replace(actor, Stumble(_reason(error), str(error), "unit"))
+                yield from self._replace(actor, Stumble(_death(error), str(error), "unit"))
 
     def _note(self, actor: _Actor, events: Sequence[WorkerEvent]) -> Iterator[Event]:
         for event in events:
@@ -437,6 +450,9 @@ def start_ray(address: str | None) -> None:
     quiet: dict[str, Any] = {}
     if not is_verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
+        # Ray prints to the standard output what it thinks of a dead worker, whatever it is told;
+        # that it need not, only its debugger can say.
+        ray._private.worker._worker_logs_enabled = False
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     if address is not None:
         # Every machine works with the code of this one, installed there or not.
@@ -463,6 +479,23 @@ def _reason(error: Exception) -> str:
         return str(cause)
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def _death(error: Exception) -> str:
+    """Return in one line how a worker was lost, which Ray tells in many words."""
+    said = str(error)
+    if any(
+        words in said for words in ("running low on memory", "OutOfMemory", "OOM killer policy")
+    ):
+        return (
+            "Ray stopped the worker, as its machine was running out of memory; use fewer --actors "
+            "or a smaller --batch"
+        )
+    if "node" in said and any(
+        words in said for words in ("node died", "node has died", "node was")
+    ):
+        return "the machine of the worker was lost"
+    return "the worker's process died"
 
 
 def _is_running(pid: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from distill.events import Failure, Labelled
+from distill.events import Failure, Labelled, ShardDone
 from distill.failures import FailureList
 from distill.label import (
     FrameBuffer,
@@ -330,7 +330,7 @@ def _measure(
         ):
             if isinstance(event, Labelled):
                 windows += event.num_frames
-            else:
+            elif isinstance(event, ShardDone):
                 shards += event.num_frames
     seconds = time.monotonic() - began
     if settings.device == "cpu":  # decoding had a core to itself, which it has not beside others

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distill.events import Labelled, ShardDone
+from distill.events import Begun, Labelled, ShardDone
 from distill.plan import Task, Unit
 from stores.ahead import read_ahead
 from stores.decode import Frame, FrameIndex, Reader, decode_spans
@@ -89,7 +89,7 @@ def label_video(
     batch: int,
     claim: Callable[[Unit], bool] = lambda unit: True,
     times: Times | None = None,
-) -> Iterator[ShardDone | Labelled]:
+) -> Iterator[Begun | ShardDone | Labelled]:
     """Label what a task misses, and keep frames where that is asked.
 
     Batches have a composition that starts anew at every shard, so that a shard's bytes do not
@@ -106,7 +106,8 @@ def label_video(
         times: Where the time goes is added here.
 
     Yields:
-        Each shard when it lies on the disk, and in between what went through the teacher.
+        Each unit when it is begun, each shard when it lies on the disk, and in between what went
+        through the teacher.
 
     Raises:
         VideoError: If the video cannot be decoded, or is not the one that was planned with.
@@ -131,24 +132,31 @@ def label_video(
             receipt = sets[key].write_shard(unit.shard, data, video)
             return ShardDone(video.id, key, receipt, len(task.span(unit)), fewer)
 
-        for unit, context in zip(task.units, contexts, strict=True):
-            if not claim(unit):
-                break
-            buffer.forget_before(context.start)
-            span = task.span(unit)
-            for key in unit.sets:
-                data: dict[str, npt.NDArray[Any]]
-                shard_set, used = sets[key], batch
-                if isinstance(shard_set, FrameSet):
-                    data = {shard_set.array_names[0]: buffer.get(span, key)}
-                else:
-                    data, used = yield from _label_shard(
-                        buffer, key, span, teacher, video.frames, batch, times
-                    )
-                fewer = used if used < batch else 0
-                writing.append(writer.submit(write, unit, key, data, fewer))
-                while writing and (writing[0].done() or len(writing) > SHARDS_BEING_WRITTEN):
-                    yield writing.popleft().result()
+        try:
+            for unit, context in zip(task.units, contexts, strict=True):
+                if not claim(unit):
+                    break
+                yield Begun(unit.shard)
+                buffer.forget_before(context.start)
+                span = task.span(unit)
+                for key in unit.sets:
+                    data: dict[str, npt.NDArray[Any]]
+                    shard_set, used = sets[key], batch
+                    if isinstance(shard_set, FrameSet):
+                        data = {shard_set.array_names[0]: buffer.get(span, key)}
+                    else:
+                        data, used = yield from _label_shard(
+                            buffer, key, span, teacher, video.frames, batch, times
+                        )
+                    fewer = used if used < batch else 0
+                    writing.append(writer.submit(write, unit, key, data, fewer))
+                    while writing and (writing[0].done() or len(writing) > SHARDS_BEING_WRITTEN):
+                        yield writing.popleft().result()
+        except Exception:
+            for future in writing:  # the shards before are not at fault, and count
+                if future.exception() is None:
+                    yield future.result()
+            raise
         for future in writing:
             yield future.result()
 

@@ -158,6 +158,8 @@ def _label(
             _run_tasks(store, tasks, _executor(worker, settings), sets, report, settings)
     finally:
         report.seconds = time.monotonic() - began
+        if report.retries:
+            store.place.remove_leftovers()  # of workers that died; none is left
         _update(failed, files, videos, targets, survey, report)
         failed.save(store.place)
         store.log_run(

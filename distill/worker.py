@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from distill.events import Stumble, Usage, WorkerEvent
+from distill.events import Begun, Stumble, Usage, WorkerEvent
 from distill.label import TeacherMemoryError, Times, label_video
 from distill.plan import Task, Unit
 from stores.decode import Reader, decoder_version
@@ -32,6 +32,8 @@ from teachers.registry import build
 
 REPORT_SECONDS: Final = 0.5
 """What happens within so long is told at once: many small shards cost few messages."""
+BEGUN_SECONDS: Final = 0.05
+"""The same for what is begun, so that it is known what a worker died of."""
 
 
 class WorkerError(TinyHDError):
@@ -125,7 +127,8 @@ class LabelWorker:
                 times=times,
             ):
                 events.append(event)
-                if time.monotonic() - told_at >= REPORT_SECONDS:
+                at_least = BEGUN_SECONDS if isinstance(event, Begun) else REPORT_SECONDS
+                if time.monotonic() - told_at >= at_least:
                     yield (*events, meter.read(times))
                     events.clear()
                     told_at = time.monotonic()

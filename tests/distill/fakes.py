@@ -1,0 +1,117 @@
+"""A teacher that misbehaves on request, in whatever process it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stores.maps import MapLayout, MapSpec
+from teachers.base import Precision, Teacher, TeacherSpec
+
+
+class FakeTeacher(Teacher):
+    """Says the mean brightness of its window's frames, quickly, and does what a script says.
+
+    Args:
+        weights: A JSON file: a list of acts, each with the name of what is ``do``\\ ne, the number
+            of frames of the video (``video``) and a frame of it (``at``) that is labelled when it
+            is done, and how often it is (``times``, always if not given). Acts are counted in files
+            beside it.
+        height: Of its input.
+        width: Of its input.
+        device: Where it runs.
+        precision: What it computes in.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Path | None = None,
+        height: int = 16,
+        width: int = 24,
+        device: str = "cpu",
+        precision: Precision = "float32",
+    ) -> None:
+        maps = tuple(
+            MapSpec(name=name, height=h, width=w, activation="exp", order="activate_first")
+            for name, h, w in (("fine", 4, 6), ("coarse", 2, 3))
+        )
+        spec = TeacherSpec(
+            name="fake",
+            paper="none",
+            licence="none",
+            adapter_version=1,
+            normalisation="none",
+            resize_rule="none",
+            window=5,
+            head_policy="repeat_first",
+            layout=MapLayout(height=height, width=width, maps=maps, saliency="fine"),
+            batch=8,
+        )
+        super().__init__(spec, device=device, precision=precision)
+        self._script = weights
+        self._acts: list[dict[str, Any]] = json.loads(weights.read_text()) if weights else []
+        for act in self._acts:
+            if act["do"] == "not load" and self._is_due(act):
+                raise ValueError("this teacher cannot be loaded")
+
+    def label_span(
+        self, frames: Tensor, *, first: int, span: range, num_frames: int
+    ) -> Mapping[str, Tensor]:
+        for act in self._acts:
+            fits = act.get("video", num_frames) == num_frames and act.get("at", span[0]) in span
+            if fits and act["do"] == "want memory" and len(span) > act["windows"]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if fits and act["do"] not in ("want memory", "not load") and self._is_due(act):
+                self._do(act)
+        return super().label_span(frames, first=first, span=span, num_frames=num_frames)
+
+    def logits(self, windows: Tensor) -> dict[str, Tensor]:
+        means = windows.mean((1, 3, 4)) * 10  # B T
+        value = (means * torch.arange(1, 6)).sum(1)[:, None, None, None]
+        return {f"maps_{h}x{w}": value.expand(-1, 1, h, w) for h, w in ((4, 6), (2, 3))}
+
+    def _is_due(self, act: dict[str, Any]) -> bool:
+        """Count an act, across processes; return whether it is to be done."""
+        assert self._script is not None
+        for number in range(act.get("times", 10**6)):
+            name = f"{self._script.name}.{act['do'].replace(' ', '-')}.{number}"
+            try:
+                self._script.with_name(name).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            self._script.with_name(name).write_text(str(os.getpid()))
+            return True
+        return False
+
+    def _do(self, act: dict[str, Any]) -> None:
+        match act["do"]:
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "fail":
+                raise RuntimeError("something went wrong\nin two lines")
+            case "hang":
+                time.sleep(1e6)
+            case "take memory":
+                taken = []
+                while True:
+                    taken.append(torch.ones(32, 2**20))  # 128 MiB
+                    time.sleep(0.05)
+            case "spoil the store":
+                folder = Path(act["folder"])
+                folder.rename(folder.with_name("away"))
+                folder.write_bytes(b"")
+            case "say nothing sensible":
+                raise AssertionError("see NotANumber")
+            case "sleep":
+                time.sleep(act["seconds"])
+            case what:
+                raise AssertionError(what)
