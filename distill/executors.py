@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import platform
@@ -240,7 +241,7 @@ class RayExecutor(Executor):
 
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
-            start_ray(self._address)
+            start_ray(self._address, teacher=self._settings.teacher)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -440,8 +441,13 @@ class RayExecutor(Executor):
         return min(self._number or max(1, most), num_units)
 
 
-def start_ray(address: str | None) -> None:
-    """Connect to a cluster, or start a quiet Ray of our own on this machine."""
+def start_ray(address: str | None, *, teacher: str = "") -> None:
+    """Connect to a cluster, or start a quiet Ray of our own on this machine.
+
+    Args:
+        address: Of the cluster, whose machines are sent the code that they need.
+        teacher: What labels; the package of one's own is sent, too.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -457,11 +463,8 @@ def start_ray(address: str | None) -> None:
     if address is not None:
         # Every machine works with the code of this one, installed there or not.
         here = Path(__file__).resolve().parent.parent
-        ray.init(
-            address=address,
-            runtime_env={"py_modules": [str(here / name) for name in PACKAGES]},
-            **quiet,
-        )
+        modules = [str(here / name) for name in PACKAGES] + _package_of(teacher)
+        ray.init(address=address, runtime_env={"py_modules": modules}, **quiet)
         return
     with _importable_by_children():
         ray.init(
@@ -470,6 +473,14 @@ def start_ray(address: str | None) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
+
+
+def _package_of(teacher: str) -> list[str]:
+    """Return the folder of the package that a teacher of one's own is in."""
+    name, colon, _ = teacher.partition(":")
+    spec = importlib.util.find_spec(name.partition(".")[0]) if colon else None
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return folders[:1]
 
 
 def _reason(error: Exception) -> str:

@@ -105,3 +105,23 @@ def local_ray() -> Iterator[None]:
     start_ray(None)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URL of a bucket on a real S3 server; the environment says where that is."""
+    import requests
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ALLOW_HTTP", "true")
+        requests.put(f"http://{host}:{port}/bucket", timeout=10).raise_for_status()
+        yield "s3://bucket"
+        server.stop()
