@@ -155,7 +155,7 @@ def _label(
                 batch=batch,
                 threads=settings.cpus_per_actor,
             )
-            _run_tasks(store, tasks, _executor(worker, settings), sets, report, settings)
+            run_tasks(store, tasks, _executor(worker, settings), sets, report, settings)
     finally:
         report.seconds = time.monotonic() - began
         if report.retries:
@@ -230,7 +230,7 @@ def _passed_over(
     return passed
 
 
-def _run_tasks(
+def run_tasks(
     store: TargetStore,
     tasks: Sequence[Task],
     executor: Executor,
