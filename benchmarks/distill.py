@@ -31,7 +31,7 @@ import torch
 
 from distill.events import Labelled, ShardDone, WorkerEvent
 from distill.executors import RayExecutor, start_ray
-from distill.plan import Target, Task, plan_tasks
+from distill.plan import Found, Target, Task, plan_tasks
 from distill.run import DistillReport, label_videos, run_tasks
 from distill.settings import DistillSettings
 from distill.worker import WorkerInfo, WorkerSettings
@@ -182,7 +182,7 @@ def _prepare(
     store = TargetStore.create(where)
     store.add_videos(sorted((probe.record for probe in probes), key=lambda record: record.id))
     labels = store.ensure_set(settings.requests(teacher)[0], environment())
-    found = {probe.record.content_hash: (probe.stamp, probe.index) for probe in probes}
+    found = {probe.record.content_hash: Found.of(probe.stamp, probe.index) for probe in probes}
     with store.writer() as token:
         pass
     worker = WorkerSettings(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any, Final
 
 from distill.events import Failure
 from stores.places import Place
-from stores.table import VideoRow
-from stores.videos import FileStamp, VideoFile
+from stores.videos import FileStamp
 
 log = logging.getLogger(__name__)
 
@@ -57,38 +56,45 @@ class FailureList:
         self.entries = [entry for entry in self.entries if entry not in same]
         self.entries.append(failure)
 
-    def find_file(self, file: VideoFile, stamp: FileStamp) -> Failure | None:
-        """Return the entry about a file that could not be opened, if it has not changed since."""
-        path = str(file.absolute)
-        fitting = (entry for entry in self.entries if entry.file == path and entry.stamp == stamp)
-        return next(fitting, None)
+    def failed_files(self) -> dict[str, Failure]:
+        """Return the entries about files that could not be opened, by path."""
+        return {entry.file: entry for entry in self.entries if entry.file}
 
-    def find_shard(self, video: VideoRow, shard: int, sets: Iterable[str]) -> Failure | None:
-        """Return the entry about a shard, counted from the video's first, of any of some sets."""
-        content, keys = video.content_hash.hex(), set(sets)
-        for entry in self.entries:
-            is_its = entry.content_hash == content and shard in entry.shards
-            if is_its and not keys.isdisjoint(entry.sets):
-                return entry
-        return None
+    def failed_shards(self, sets: Iterable[str]) -> dict[tuple[str, int], Failure]:
+        """Return the entries about shards of any of some sets.
 
-    def forget_shards(self, video: VideoRow, done: Iterable[int], sets: Iterable[str]) -> None:
-        """Take off the list what is done now: shards counted from the video's first."""
-        content, keys, shards = video.content_hash.hex(), set(sets), set(done)
+        Returns:
+            By content hash, in hexadecimal, and shard, counted from the video's first.
+        """
+        keys = set(sets)
+        return {
+            (entry.content_hash, shard): entry
+            for entry in self.entries
+            if not keys.isdisjoint(entry.sets)
+            for shard in entry.shards
+        }
+
+    def forget_shards(self, is_done: Callable[[str, int, str], bool]) -> None:
+        """Take off the list what is done now.
+
+        Args:
+            is_done: Tells it of a content hash, a shard counted from the video's first, and a set.
+        """
         kept = []
         for entry in self.entries:
-            if entry.content_hash == content and not keys.isdisjoint(entry.sets):
-                left = tuple(shard for shard in entry.shards if shard not in shards)
-                if not left:
-                    continue
-                entry = replace(entry, shards=left)
-            kept.append(entry)
+            left = tuple(
+                shard
+                for shard in entry.shards
+                if not all(is_done(entry.content_hash, shard, key) for key in entry.sets)
+            )
+            if left or not entry.shards:
+                kept.append(replace(entry, shards=left))
         self.entries = kept
 
-    def forget_file(self, file: VideoFile) -> None:
-        """Take a file off the list that can be opened now, or has changed."""
-        path = str(file.absolute)
-        self.entries = [entry for entry in self.entries if entry.file != path]
+    def forget_files(self, paths: Iterable[str]) -> None:
+        """Take files off the list that can be opened now."""
+        opened = set(paths)
+        self.entries = [entry for entry in self.entries if entry.file not in opened]
 
 
 def _is_about(failure: Failure) -> tuple[str, str, tuple[int, ...], tuple[str, ...]]:

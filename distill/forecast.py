@@ -207,10 +207,12 @@ def forecast_run(
     rows = _rows(survey.records, known)
     passed: dict[int, Failure] = {}
 
+    shards = {} if settings.retry_failed else failed.failed_shards(item.key for item in requests)
+
     def is_given_up(video: VideoRow, shard: int) -> bool:
         number = shard - requests[0].grid.shards(video).start
-        entry = failed.find_shard(video, number, [request.key for request in requests])
-        if entry is None or settings.retry_failed:
+        entry = shards.get((video.content_hash.hex(), number))
+        if entry is None:
             return False
         passed[id(entry)] = entry
         return True

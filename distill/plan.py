@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from stores.decode import FrameIndex
@@ -17,6 +17,10 @@ CONTEXT_FRAMES: Final = 15
 """Frames that a student sees before the one that it predicts."""
 STRETCH_FRAMES: Final = 2048
 """Long videos are cut into tasks of about so many frames, so that several workers share them."""
+WHOLE_FRAMES: Final = 512
+"""A task of so few frames from the video's beginning is decoded from there, whoever does it."""
+MARGIN_FRAMES: Final = 256
+"""Frames around those to label of which a teacher may look at some."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,20 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a look at a video's file gave."""
+
+    stamp: FileStamp
+    packed: bytes | None
+    """Its :class:`~stores.decode.FrameIndex`, packed, as there may be very many."""
+
+    @classmethod
+    def of(cls, stamp: FileStamp, index: FrameIndex | None) -> Found:
+        """Pack what was found."""
+        return cls(stamp, None if index is None else index.pack())
+
+
+@dataclass(frozen=True)
 class Budget:
     """How much of each video is labelled; see :meth:`stores.grid.ShardGrid.sample`."""
 
@@ -88,7 +106,7 @@ def plan_tasks(
     *,
     budget: Budget | None = None,
     is_given_up: Callable[[VideoRow, int], bool] = lambda video, shard: False,
-    found: Mapping[bytes, tuple[FileStamp, FrameIndex | None]] | None = None,
+    found: Mapping[bytes, Found] | None = None,
 ) -> list[Task]:
     """Return what is missing, the longest task first; videos with equal content are one.
 
@@ -97,7 +115,7 @@ def plan_tasks(
         targets: Sets to fill, all with the same number of frames per shard.
         budget: Some shards of each video only, with the frames of the clips that end in them.
         is_given_up: Tells which shards of a video are not to be tried.
-        found: By content hash, the file's stamp and where its frames lie.
+        found: By content hash, what a look at the file gave.
     """
     grid = targets[0].request.grid
     tasks: list[Task] = []
@@ -109,8 +127,7 @@ def plan_tasks(
                 units.append(Unit(shard, keys))
         if not units:
             continue
-        stamp, index = (found or {}).get(video.content_hash, (None, None))
-        tasks += _stretches(Task(video, grid, tuple(units), stamp, index))
+        tasks += _stretches(Task(video, grid, tuple(units)), (found or {}).get(video.content_hash))
     # The longest first, so that none is left over when the others are done; then as in the store.
     return sorted(
         tasks, key=lambda task: (-task.num_windows, task.video.first, task.units[0].shard)
@@ -139,12 +156,23 @@ def wanted_shards(
     return dict(sorted(wanted.items()))
 
 
-def _stretches(task: Task) -> list[Task]:
+def _stretches(task: Task, found: Found | None) -> list[Task]:
     """Cut a task into stretches, if decoding can begin in the middle of its video."""
-    if task.index is None:
+    if found is None:
         return [task]
+    task = replace(task, stamp=found.stamp)
+    first, last = task.span(task.units[0]), task.span(task.units[-1])
+    if found.packed is None or (not first.start and last.stop <= WHOLE_FRAMES):
+        return [task]
+    index = FrameIndex.unpack(found.packed, task.video.frames)
     at_most = max(1, STRETCH_FRAMES // task.grid.shard_frames)
-    return [
-        task.with_units(task.units[begin : begin + at_most])
-        for begin in range(0, len(task.units), at_most)
-    ]
+    stretches = []
+    for begin in range(0, len(task.units), at_most):
+        stretch = task.with_units(task.units[begin : begin + at_most])
+        spans = [stretch.span(unit) for unit in stretch.units]
+        around = range(
+            max(0, spans[0].start - MARGIN_FRAMES),
+            min(task.video.frames, spans[-1].stop + MARGIN_FRAMES),
+        )
+        stretches.append(replace(stretch, index=index.part(around)))
+    return stretches

@@ -140,6 +140,7 @@ def _label(
     for name in report.label_sets:
         store.log_run(event="start", label_set=name, tasks=len(tasks), **surroundings)
     began = time.monotonic()
+    had_failures = bool(failed.entries)
     try:
         if tasks:
             worker = WorkerSettings(
@@ -161,7 +162,8 @@ def _label(
         if report.retries:
             store.place.remove_leftovers()  # of workers that died; none is left
         _update(failed, files, videos, targets, survey, report)
-        failed.save(store.place)
+        if failed.entries or had_failures:
+            failed.save(store.place)
         store.log_run(
             event="end",
             frames=report.frames,
@@ -215,14 +217,16 @@ def _passed_over(
     if settings.retry_failed or not failed.entries:
         return passed
     entries: dict[int, Failure] = {}
-    keys = [target.request.key for target in targets]
+    shards = failed.failed_shards(target.request.key for target in targets)
+    contents = {content for content, _ in shards}
     for video in videos:
+        content = video.content_hash.hex()
+        if content not in contents:
+            continue
         for shard, wanted in wanted_shards(video, targets, settings.budget).items():
-            if all(target.has(shard) for target in wanted):
-                continue
             number = shard - targets[0].request.grid.shards(video).start
-            entry = failed.find_shard(video, number, keys)
-            if entry is not None:
+            entry = shards.get((content, number))
+            if entry is not None and not all(target.has(shard) for target in wanted):
                 passed.add((video.first, shard))
                 entries[id(entry)] = entry
     report.failures += entries.values()
@@ -238,6 +242,13 @@ def run_tasks(
     report: DistillReport,
     settings: DistillSettings,
 ) -> None:
+    """Do tasks, commit what comes, and put it in the report.
+
+    Raises:
+        WorkerError: If no worker can start, or all would fail.
+        StoreBusyError: If another driver has taken over the store.
+        KeyboardInterrupt: After an interruption, when what was begun is finished.
+    """
     committers = {key: Committer(shard_set) for key, shard_set in sets.items()}
     label = f"labelling with {settings.teacher}"
     with (
@@ -299,18 +310,16 @@ def _update(
     report: DistillReport,
 ) -> None:
     """Put on the failure list what failed, and take off it what is done."""
-    if not failed.entries and not report.failures:
-        return
     grid = targets[0].request.grid
-    for video in videos:
-        first = grid.shards(video).start
-        for target in targets:
-            done = [shard - first for shard in grid.shards(video) if target.has(shard)]
-            failed.forget_shards(video, done, [target.request.key])
+    firsts = {video.content_hash.hex(): grid.shards(video).start for video in videos}
+    has = {target.request.key: target.has for target in targets}
+
+    def is_done(content: str, shard: int, key: str) -> bool:
+        return content in firsts and key in has and has[key](firsts[content] + shard)
+
+    failed.forget_shards(is_done)
     bad = {failure.video for failure in (*survey.failures, *survey.passed_over)}
-    for file in files:
-        if file.id not in bad:
-            failed.forget_file(file)
+    failed.forget_files(str(file.absolute) for file in files if file.id not in bad)
     for failure in report.failures:
         if failure.shards or failure.file:
             failed.add(failure)

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 from distill.events import Failure
 from distill.failures import FailureList
-from distill.plan import Budget, Target, wanted_shards
+from distill.plan import Budget, Found, Target, wanted_shards
 from distill.settings import DistillSettings
-from stores.decode import FrameIndex
 from stores.errors import DamagedStoreError, VideoError
 from stores.probing import ProbeFailure, probe_videos
 from stores.progress import Progress
@@ -32,7 +31,7 @@ class Survey:
     """Files that cannot."""
     passed_over: list[Failure] = field(default_factory=list)
     """Files that could not in an earlier run, and have not changed since."""
-    found: dict[bytes, tuple[FileStamp, FrameIndex | None]] = field(default_factory=dict)
+    found: dict[bytes, Found] = field(default_factory=dict)
     """By content hash: the file's stamp and where its frames lie."""
 
     @property
@@ -68,9 +67,10 @@ def survey_videos(
         return row if row is not None and is_complete(row, targets, settings.budget) else None
 
     untried: list[VideoFile] = []
+    failed_files = {} if settings.retry_failed else failed.failed_files()
     for file in files:
-        known = None if settings.retry_failed else _known_failure(file, failed)
-        if known is None:
+        known = failed_files.get(str(file.absolute))
+        if known is None or known.stamp != _stamp(file):
             untried.append(file)
         else:
             survey.passed_over.append(known)
@@ -85,7 +85,7 @@ def survey_videos(
                 record = probe.record
                 records[record.id] = record
                 if probe.index is not None or record.content_hash not in survey.found:
-                    survey.found[record.content_hash] = (probe.stamp, probe.index)
+                    survey.found[record.content_hash] = Found.of(probe.stamp, probe.index)
             progress.advance()
     survey.records = [records[file.id] for file in files if file.id in records]
     survey.failures.sort(key=lambda failure: failure.video)
@@ -115,18 +115,14 @@ def is_complete(video: VideoRow, targets: Sequence[Target], budget: Budget | Non
     )
 
 
-def _known_failure(file: VideoFile, failed: FailureList) -> Failure | None:
+def _stamp(file: VideoFile) -> FileStamp | None:
     try:
-        return failed.find_file(file, FileStamp.of(file.absolute))
+        return FileStamp.of(file.absolute)
     except VideoError:
-        return None  # it will fail again, of itself
+        return None
 
 
 def _failure(probe: ProbeFailure) -> Failure:
-    try:
-        stamp = FileStamp.of(probe.file.absolute)
-    except VideoError:
-        stamp = None
     name = probe.file.id.encode("utf-8", "replace").decode()
     file = str(probe.file.absolute).encode("utf-8", "replace").decode()
-    return Failure(name, probe.reason, file=file, stamp=stamp)
+    return Failure(name, probe.reason, file=file, stamp=_stamp(probe.file))

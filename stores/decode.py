@@ -330,6 +330,8 @@ def _next_frame(frames: Iterator[tuple[int, Any]], wanted: int, path: Path) -> A
 def _is_frame(frame: Any, index: FrameIndex, number: int) -> bool:  # noqa: ANN401
     """Return whether PyAV's frame is that of a number."""
     row = number - index.first
+    if not 0 <= row < len(index.timestamps):
+        return False
     return bool(
         _timestamp(frame) == index.timestamps[row] and _checksum(frame) == index.checksums[row]
     )

@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from cli import cli
 from distill import Budget, DistillSettings, label_videos
 from distill.forecast import forecast_run
-from distill.plan import STRETCH_FRAMES, Target, plan_tasks
+from distill.plan import STRETCH_FRAMES, Found, Target, plan_tasks
 from stores import decode
-from stores.decode import index_video
+from stores.decode import FrameIndex
 from stores.schema import LabelRequest
 from stores.table import VideoRow
 from stores.targets import TargetStore
@@ -57,15 +58,20 @@ def row(frames: int, first: int = 0, name: str = "a") -> VideoRow:
     )
 
 
-def test_long_videos_are_cut_where_decoding_can_begin_anywhere(video_folder: Path) -> None:
-    index = index_video(video_folder / "long.avi").frame_index
+def test_long_videos_are_cut_where_decoding_can_begin_anywhere() -> None:
     target = Target(request(), lambda shard: False)
     long, short = row(10_000), row(100, 10_240, "b")
-    found = {long.content_hash: (FileStamp(1, 1), index)}
+    whole_index = FrameIndex(
+        0, np.arange(10_000), np.zeros(10_000, np.uint32), np.arange(10_000) % 12 == 0
+    )
+    found = {long.content_hash: Found.of(FileStamp(1, 1), whole_index)}
     tasks = plan_tasks([short, long], [target], found=found)
     assert [task.video.id for task in tasks] == ["a"] * 5 + ["b"]  # the longest first
     assert [len(task.units) for task in tasks] == [128, 128, 128, 128, 113, 7]
     assert all(len(task.units) * 16 <= STRETCH_FRAMES for task in tasks)
+    parts = [task.index for task in tasks[:5] if task.index is not None]
+    assert [part.first for part in parts] == [0, 1752, 3804, 5844, 7896]  # four keys before
+    assert len(parts[1].timestamps) == 4096 + 256 - 1752
     shards = [unit.shard for task in tasks for unit in task.units]
     assert sorted(shards) == [*range(625), *range(640, 647)]
     (whole,) = plan_tasks([long], [target])  # from the beginning each time would take longer
