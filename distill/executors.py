@@ -91,7 +91,7 @@ class Executor(ABC):
         self._settings = settings
         self._waiting: deque[Task] = deque()
         self._tries: dict[tuple[int, int], int] = {}  # of a unit, by first frame and shard
-        self._store_tries = 0
+        self._store_tries = 0  # in a row
         self._is_draining = False
 
     def __enter__(self) -> Self:
@@ -113,6 +113,11 @@ class Executor(ABC):
         self._is_draining = True
         self._waiting.clear()
 
+    def _take_note(self, attempt: _Attempt, event: WorkerEvent) -> None:
+        attempt.note(event)
+        if isinstance(event, ShardDone):
+            self._store_tries = 0  # it can be written
+
     def _recover(self, attempt: _Attempt, stumble: Stumble) -> Iterator[Retry | Failure | Labelled]:
         """Put what is left of an attempt back, or give it up."""
         if attempt.labelled:
@@ -133,7 +138,8 @@ class Executor(ABC):
             self._waiting.append(task.with_units(rest))
         if stumble.is_final:  # it was raised by the last one that was begun
             suspects, others = suspects[-1:], suspects[:-1]
-            self._waiting.extendleft(task.with_units([unit]) for unit in others)
+            if others and not self._is_draining:
+                self._waiting.appendleft(task.with_units(others))
         most = 0
         for unit in suspects:
             name = (task.video.first, unit.shard)
@@ -164,7 +170,7 @@ class InlineExecutor(Executor):
                 attempt = _Attempt(self._waiting.popleft())
                 for events in self._worker.run(attempt.task):
                     for event in events:
-                        attempt.note(event)
+                        self._take_note(attempt, event)
                         if isinstance(event, Stumble):
                             yield from self._recover(attempt, event)
                         else:
@@ -342,6 +348,10 @@ class RayExecutor(Executor):
                 actor.heard_at = time.monotonic()
                 yield from self._note(actor, events)
         except StopIteration:
+            if actor.giving is not None:  # its answer may say why something is left
+                with suppress(ray.exceptions.RayError):
+                    self._take_over(actor, ray.get(actor.giving))
+                actor.giving = None
             if actor.attempt is not None and actor.attempt.left and not self._is_draining:
                 yield from self._replace(actor, Stumble("a worker ended too early", "", "unit"))
             actor.attempt = actor.events = None
@@ -356,7 +366,7 @@ class RayExecutor(Executor):
             attempt = actor.attempt
             if attempt is None:
                 return
-            attempt.note(event)
+            self._take_note(attempt, event)
             if not isinstance(event, Stumble):
                 yield event
             elif event.blame == "unit" and not event.is_final:
@@ -447,6 +457,9 @@ def start_ray(address: str | None, *, teacher: str = "") -> None:
     Args:
         address: Of the cluster, whose machines are sent the code that they need.
         teacher: What labels; the package of one's own is sent, too.
+
+    Raises:
+        WorkerError: If the cluster cannot be used.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -464,7 +477,13 @@ def start_ray(address: str | None, *, teacher: str = "") -> None:
         # Every machine works with the code of this one, installed there or not.
         here = Path(__file__).resolve().parent.parent
         modules = [str(here / name) for name in PACKAGES] + _package_of(teacher)
-        ray.init(address=address, runtime_env={"py_modules": modules}, **quiet)
+        try:
+            ray.init(address=address, runtime_env={"py_modules": modules}, **quiet)
+        except (OSError, RuntimeError, ValueError) as error:
+            lines = str(error).strip().splitlines()
+            raise WorkerError(
+                f"cannot use the Ray cluster at {address}: {lines[0] if lines else error!r}"
+            ) from error
         return
     with _importable_by_children():
         ray.init(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from teachers.base import Teacher
 BLOCK_FRAMES: Final = 16
 """Frames of a block, of which a budget allows some number for each video."""
 BUDGETS: Final = (1, 2, 4, 8, 16)
+SHOWN_VIDEOS: Final = 6
 CALIBRATED_VIDEOS: Final = 3
 CALIBRATION_SECONDS: Final = 20.0
 CLIPS_PER_EPOCH: Final = 2
@@ -101,6 +103,8 @@ class Forecast:
     survey: Survey
     price: Price
     """Of what was asked for."""
+    videos: list[tuple[str, int]] = field(default_factory=list)
+    """Names of the videos to label and how many windows of each, the most first."""
     budgets: list[Price] = field(default_factory=list)
     passed_over: list[Failure] = field(default_factory=list)
     calibration: Calibration | None = None
@@ -115,6 +119,10 @@ class Forecast:
             f"  to do: {price.videos} videos, {price.windows} windows, {price.shards} shards, "
             f"{price.files} files",
         ]
+        if self.videos:
+            shown = ", ".join(f"{name} ({frames})" for name, frames in self.videos[:SHOWN_VIDEOS])
+            more = len(self.videos) - SHOWN_VIDEOS
+            lines.append(f"  windows of each: {shown}" + (f" and {more} more" if more > 0 else ""))
         if self.passed_over:
             lines.append(
                 f"  {len(self.passed_over)} failures of earlier runs are left out; --retry-failed "
@@ -229,6 +237,7 @@ def forecast_run(
         label_sets=tuple(item.name for item in requests if isinstance(item, LabelRequest)),
         survey=survey,
         price=_price(what, tasks, requests),
+        videos=_windows_of_videos(tasks),
         passed_over=[*survey.passed_over, *passed.values()],
     )
     blocks = replace(settings, shard_frames=BLOCK_FRAMES).requests(teacher)
@@ -277,6 +286,13 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def _windows_of_videos(tasks: Sequence[Task]) -> list[tuple[str, int]]:
+    windows = Counter[str]()
+    for task in tasks:
+        windows[task.video.id] += task.num_windows
+    return windows.most_common()
 
 
 def _blocks(number: int) -> str:

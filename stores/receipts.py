@@ -101,15 +101,18 @@ class Receipts:
                 raise ValueError(f"shard {receipt.shard} lies beyond the end of {self.key}")
             by_chunk.setdefault(receipt.shard // RECEIPT_CHUNK, []).append(receipt)
         self._known = None
-        for chunk in sorted(by_chunk):
-            digests = self._read(chunk)
-            for receipt in by_chunk[chunk]:
-                row = digests[receipt.shard % RECEIPT_CHUNK]
-                row[...] = np.frombuffer(b"".join(receipt.digests), np.uint8).reshape(row.shape)
-            write_receipts(self._place, self.key, chunk, digests)
-            start = chunk * RECEIPT_CHUNK
-            here = self._is_there[start : start + RECEIPT_CHUNK]
-            here[...] = _is_there(digests)[: len(here)]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(self._update, by_chunk, by_chunk.values()))
+
+    def _update(self, chunk: int, receipts: Iterable[Receipt]) -> None:
+        digests = self._read(chunk)
+        for receipt in receipts:
+            row = digests[receipt.shard % RECEIPT_CHUNK]
+            row[...] = np.frombuffer(b"".join(receipt.digests), np.uint8).reshape(row.shape)
+        write_receipts(self._place, self.key, chunk, digests)
+        start = chunk * RECEIPT_CHUNK
+        here = self._is_there[start : start + RECEIPT_CHUNK]
+        here[...] = _is_there(digests)[: len(here)]
 
     def _read(self, chunk: int) -> Digests:
         return read_receipts(self._place, self.key, self._num_arrays, chunk)

@@ -10,11 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from stores.maps import MapLayout, MapSpec
 from teachers.base import Precision, Teacher, TeacherSpec
+
+PASSIVE = ("want memory", "not load", "hang decoding")
+"""Acts that are not done when a frame is labelled."""
 
 
 class FakeTeacher(Teacher):
@@ -58,10 +63,19 @@ class FakeTeacher(Teacher):
         )
         super().__init__(spec, device=device, precision=precision)
         self._script = weights
+        self._resized = 0
         self._acts: list[dict[str, Any]] = json.loads(weights.read_text()) if weights else []
         for act in self._acts:
             if act["do"] == "not load" and self._is_due(act):
                 raise ValueError("this teacher cannot be loaded")
+
+    def resize(self, frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Squash a frame, in the thread that decodes; it may hang there."""
+        self._resized += 1
+        for act in self._acts:
+            if act["do"] == "hang decoding" and self._resized > act["after"] and self._is_due(act):
+                time.sleep(1e6)
+        return super().resize(frame)
 
     def label_span(
         self, frames: Tensor, *, first: int, span: range, num_frames: int
@@ -70,7 +84,7 @@ class FakeTeacher(Teacher):
             fits = act.get("video", num_frames) == num_frames and act.get("at", span[0]) in span
             if fits and act["do"] == "want memory" and len(span) > act["windows"]:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            if fits and act["do"] not in ("want memory", "not load") and self._is_due(act):
+            if fits and act["do"] not in PASSIVE and self._is_due(act):
                 self._do(act)
         return super().label_span(frames, first=first, span=span, num_frames=num_frames)
 
@@ -109,8 +123,6 @@ class FakeTeacher(Teacher):
                 folder = Path(act["folder"])
                 folder.rename(folder.with_name("away"))
                 folder.write_bytes(b"")
-            case "say nothing sensible":
-                raise AssertionError("see NotANumber")
             case "sleep":
                 time.sleep(act["seconds"])
             case what:

@@ -153,14 +153,20 @@ def test_dead_worker_is_told_of_in_one_line(stage: Stage) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize(
+    "act",
+    [{"do": "hang", "video": 40, "at": 20}, {"do": "hang decoding", "after": 20}],
+    ids=["teacher", "decoder"],
+)
 def test_worker_that_hangs_is_killed_before_its_work_is_handed_on(
-    stage: Stage, undisturbed: Path, local_ray: None
+    stage: Stage, undisturbed: Path, local_ray: None, act: dict[str, Any]
 ) -> None:
-    stage.act({"do": "hang", "video": 40, "at": 20, "times": 1})
+    stage.act({**act, "times": 1})
     report = stage.run(hang_seconds=4.0)
     assert (report.videos, report.retries, report.failures) == (3, 1, [])
     assert contents(stage.store) == contents(undisturbed)
-    pid = int(stage.script.with_name("script.hang.0").read_text())
+    name = act["do"].replace(" ", "-")
+    pid = int(stage.script.with_name(f"script.{name}.0").read_text())
     assert not Path(f"/proc/{pid}").exists()
     (retry,) = [entry for entry in stage.log if entry["event"] == "retry"]
     assert "nothing was done for 4 s and the worker was stopped" in retry["reason"]
