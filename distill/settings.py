@@ -13,7 +13,7 @@ from stores.decode import Reader, decoder_version
 from stores.schema import FRAME_ALIGNMENT, FrameRequest, LabelRequest, Variant
 from stores.shards import Request
 from teachers.base import Precision, Teacher
-from teachers.registry import build
+from teachers.registry import WITH_WEIGHTS, build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,10 @@ class DistillSettings:
 
     def build_teacher(self, *, device: str = "cpu") -> Teacher:
         """Make the teacher; see :func:`teachers.registry.build`."""
+        if self.weights is None and self.teacher in WITH_WEIGHTS:
+            raise ValueError(
+                f"the teacher {self.teacher!r} needs its weights; give them with --weights FILE"
+            )
         return build(
             self.teacher,
             size=self.size,

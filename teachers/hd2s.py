@@ -7,9 +7,7 @@ saliency map is a weighted sum of the four.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
@@ -17,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stores.maps import DerivedMap, MapLayout, MapSpec
-from student.checkpoints import read_whole
-from student.reference import WeightsError
-from teachers.base import Precision, Teacher, TeacherSpec, window_of
+from teachers.base import TeacherSpec, window_of
+from teachers.network import NetworkTeacher
 from teachers.s3d import NORM_EPS, NORM_MOMENTUM, Basic3d, S3d, S3dLevels
 
 HeadMode = Literal["time_reversed", "released"]
@@ -31,11 +28,6 @@ STRIDE: Final = 32
 """Pixels of the input to one of the coarsest level."""
 MAPS: Final = ("sal2", "sal3", "sal4", "sal5")
 """Hierarchical maps, the one of the finest level first."""
-WRAPPERS: Final = ("state_dict", "model", "student_model")
-"""Entries in which a file may hold the weights."""
-SHOWN_KEYS: Final = 3
-SEED: Final = 0
-"""Of random weights."""
 
 # Shapes: B windows, C channels, T frames, H height, W width.
 
@@ -183,7 +175,7 @@ class Hd2s(nn.Module):
         return Hd2sMaps(*torch.cat([maps, saliency], 1).unbind(1))
 
 
-class Hd2sTeacher(Teacher):
+class Hd2sTeacher(NetworkTeacher):
     """HD2S, labelling the last frame of each window of 16.
 
     The first 15 frames of a video have no such window. They are labelled from the one that begins
@@ -194,37 +186,41 @@ class Hd2sTeacher(Teacher):
     Args:
         height: Rows of the input, in pixels; a multiple of 32.
         width: Columns of the input.
-        device: Where it runs.
-        precision: Of its convolutions.
-        weights: File of published weights. Without it they are random, always the same: good for
-            measuring, not for learning.
         head_mode: How the first 15 frames are labelled.
-
-    Attributes:
-        network: The network, in evaluation mode.
+        options: As of :class:`teachers.network.NetworkTeacher`.
 
     Raises:
         ValueError: If the size is not a multiple of 32 or there is no such ``head_mode``.
-        CheckpointError: If the file cannot be read.
-        WeightsError: If its weights are not those of HD2S.
     """
+
+    title = "HD2S"
+    network: Hd2s
 
     def __init__(
         self,
         *,
         height: int = 192,
         width: int = 256,
-        device: str = "cpu",
-        precision: Precision = "float32",
-        weights: Path | None = None,
         head_mode: HeadMode = "time_reversed",
+        **options: Any,  # noqa: ANN401 - device, precision, weights
     ) -> None:
         _check_size(height, width)
         if head_mode not in get_args(HeadMode):
             raise ValueError(f"head_mode must be one of {get_args(HeadMode)}, got {head_mode!r}")
-        self.network: Final = _random_network() if weights is None else _read_network(weights)
-        self._weights_sha256: Final = None if weights is None else _sha256(weights)
-        spec = TeacherSpec(
+        self._size, self._head_mode = (height, width), head_mode
+        super().__init__(**options)
+
+    def build_network(self) -> Hd2s:
+        return Hd2s()
+
+    def initialise(self, network: nn.Module) -> None:
+        super().initialise(network)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.num_features <= 3:
+                nn.init.ones_(module.bias)  # so few channels could all be cut off by the ReLU
+
+    def make_spec(self) -> TeacherSpec:
+        return TeacherSpec(
             name="hd2s",
             paper="Bellitto et al., Hierarchical Domain-Adapted Feature Learning for Video "
             "Saliency Prediction, IJCV 2021",
@@ -233,17 +229,10 @@ class Hd2sTeacher(Teacher):
             normalisation="(2 * RGB - 255) / 255",
             resize_rule="bilinear, antialiased, aspect not kept, rounded to uint8",
             window=WINDOW,
-            head_policy=head_mode,
-            layout=_layout(height, width, self.network.last_conv),
+            head_policy=self._head_mode,
+            layout=_layout(*self._size, self.network.last_conv),
             batch=4,
         )
-        super().__init__(spec, device=device, precision=precision)
-        self.network.to(self.device)
-
-    @property
-    def weights_sha256(self) -> str | None:
-        """SHA-256 of the weights' file; nothing if they are random."""
-        return self._weights_sha256
 
     def normalise(self, frames: Tensor) -> Tensor:
         return 2 * frames - 1
@@ -290,97 +279,6 @@ class Hd2sTeacher(Teacher):
 def double(features: Tensor) -> Tensor:
     """Double height and width bilinearly, with half-pixel centres."""
     return F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
-
-
-def import_weights(content: Mapping[str, Any]) -> Hd2s:
-    """Build a network from weights with the published names.
-
-    Counters of batches, which decide nothing, may be missing.
-
-    Args:
-        content: Tensors by name, or a dictionary that holds them in one of ``WRAPPERS``; the names
-            may begin with ``module.``.
-
-    Returns:
-        The network, in evaluation mode; it takes no gradients.
-
-    Raises:
-        WeightsError: If a tensor is missing, not expected, or of another shape or type.
-    """
-    for wrapper in WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    given = {str(key): value for key, value in content.items()}
-    if all(key.startswith("module.") for key in given):
-        given = {key.removeprefix("module."): value for key, value in given.items()}
-    with torch.device("meta"):  # no weights are drawn only to be replaced
-        network = Hd2s()
-    wanted = network.state_dict()
-    counters = [key for key in wanted if key.endswith("num_batches_tracked")]
-    given = {**dict.fromkeys(counters, torch.tensor(0)), **given}
-    _check_fit(given, wanted)
-    network.to_empty(device="cpu").load_state_dict(given)
-    return network.eval().requires_grad_(requires_grad=False)
-
-
-def _check_fit(given: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
-    def is_like(value: object, tensor: Tensor) -> bool:
-        if not isinstance(value, Tensor):
-            return False
-        return value.is_floating_point() == tensor.is_floating_point()
-
-    both = [key for key in wanted if key in given]
-    alike = [key for key in both if is_like(given[key], wanted[key])]
-    faults = {
-        "missing": [key for key in wanted if key not in given],
-        "not expected": [key for key in given if key not in wanted],
-        "not of numbers of the right kind": [key for key in both if key not in alike],
-        "misshaped": [
-            f"{key} of {_shape(given[key])} instead of {_shape(wanted[key])}"
-            for key in alike
-            if given[key].shape != wanted[key].shape
-        ],
-    }
-    if any(faults.values()):
-        told = [f"{len(keys)} {fault}: {_some(keys)}" for fault, keys in faults.items() if keys]
-        raise WeightsError(f"these are not the weights of HD2S: {'; '.join(told)}")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "one number"
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
-
-
-def _read_network(path: Path) -> Hd2s:
-    content = read_whole(path, kind="weights of HD2S")
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path} holds no weights by name")
-    try:
-        return import_weights(content)
-    except WeightsError as error:
-        raise WeightsError(f"{path} does not fit: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _random_network() -> Hd2s:
-    """Draw weights that do not fade from layer to layer, so that maps depend on the frames."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)  # of the CPU alone, unlike torch.manual_seed
-        network = Hd2s()
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            elif isinstance(module, nn.BatchNorm2d) and module.num_features <= 3:
-                nn.init.ones_(module.bias)  # so few channels could all be cut off by the ReLU
-    return network.eval().requires_grad_(requires_grad=False)
 
 
 def _layout(height: int, width: int, fusion: nn.Conv2d) -> MapLayout:

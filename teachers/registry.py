@@ -20,7 +20,7 @@ TEACHERS: Final[dict[str, Callable[..., Teacher]]] = {
 """Factories, called with ``device``, ``precision`` and, where they are given, ``height`` and
 ``width`` of the frames fed to the network and ``weights``, the path of its file."""
 WITH_WEIGHTS: Final = frozenset({"hd2s", "assistant"})
-"""Teachers that are nothing without a file of weights."""
+"""Teachers that say nothing of use without a file of weights."""
 
 
 def build(
@@ -38,17 +38,17 @@ def build(
         size: Height and width of the frames fed to it; the published one if not given.
         device: Where it runs.
         precision: What it computes in.
-        weights: File of its weights, for a teacher that has any.
+        weights: File of its weights, for a teacher that has any; random ones if not given.
 
     Raises:
         ValueError: If there is no such teacher, the size does not fit it, or weights are missing or
-            given to one that has none.
+            given to one that has none, or an assistant has no checkpoint.
         TinyHDError: If the weights cannot be read.
     """
     factory = TEACHERS.get(name) or _own_factory(name)
     if weights is not None and name in TEACHERS and name not in WITH_WEIGHTS:
         raise ValueError(f"the teacher {name!r} has no weights, got {weights}")
-    if weights is None and name in WITH_WEIGHTS:
+    if weights is None and name == "assistant":
         raise ValueError(f"the teacher {name!r} needs its weights; give them with --weights FILE")
     options: dict[str, Any] = {"device": device, "precision": precision}
     if size is not None:

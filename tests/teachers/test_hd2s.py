@@ -16,7 +16,7 @@ from torch import Tensor
 from stores.maps import MapLayout, render_maps
 from student.checkpoints import CheckpointError
 from student.reference import WeightsError
-from teachers.hd2s import MAPS, Hd2s, Hd2sTeacher, import_weights
+from teachers.hd2s import MAPS, Hd2s, Hd2sTeacher
 
 GAINS = {f"decoder{level}.last_conv{level}.weight": 2.0 for level in (2, 3, 4, 5)} | {
     "last_conv.weight": 4.0
@@ -24,6 +24,12 @@ GAINS = {f"decoder{level}.last_conv{level}.weight": 2.0 for level in (2, 3, 4, 5
 
 KEPT = ("shape", "sum", "abssum", "std", "min", "max", "sub")
 """What the goldens keep of an array."""
+
+
+def imported(weights: Mapping[str, Any]) -> Hd2s:
+    teacher = Hd2sTeacher(height=32, width=64)
+    teacher.import_weights(weights)
+    return teacher.network
 
 
 def fill(key: str, shape: tuple[int, ...]) -> Tensor:
@@ -53,7 +59,7 @@ def weights() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def network(weights: dict[str, Tensor]) -> Hd2s:
-    return import_weights(weights)
+    return imported(weights)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +245,7 @@ def test_wrapped_weights_and_those_of_parallel_training_are_taken(
     weights: dict[str, Tensor], wrapper: str | None
 ) -> None:
     prefixed = {f"module.{key}": tensor for key, tensor in weights.items()}
-    loaded = import_weights(prefixed if wrapper is None else {wrapper: prefixed, "epoch": 3})
+    loaded = imported(prefixed if wrapper is None else {wrapper: prefixed, "epoch": 3})
     for key, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, weights[key]), key
 
@@ -247,7 +253,7 @@ def test_wrapped_weights_and_those_of_parallel_training_are_taken(
 def test_counters_of_batches_may_be_missing(weights: dict[str, Tensor]) -> None:
     kept = {key: value for key, value in weights.items() if "num_batches" not in key}
     assert len(kept) < len(weights)
-    loaded = import_weights(kept)
+    loaded = imported(kept)
     assert list(loaded.state_dict()) == list(weights)
     assert loaded.state_dict()["conv_t5.bn.num_batches_tracked"] == 0
 
@@ -280,7 +286,7 @@ def test_weights_that_do_not_fit_are_named(
     given = dict(weights)
     change(given)
     with pytest.raises(WeightsError, match=message) as caught:
-        import_weights(given)
+        imported(given)
     assert "\n" not in str(caught.value)
 
 

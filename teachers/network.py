@@ -1,0 +1,197 @@
+"""Teachers that are networks with published weights."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+
+from stores.videos import hash_file
+from student.checkpoints import read_whole
+from student.reference import WeightsError
+from teachers.base import Precision, Teacher, TeacherSpec
+
+WRAPPERS: Final = ("state_dict", "model", "model_state_dict", "student_model")
+"""Entries in which a file may hold the weights."""
+SHOWN_KEYS: Final = 3
+SEED: Final = 0
+"""Of random weights."""
+
+
+class NetworkTeacher(Teacher):
+    """A teacher that is a network. Subclasses say which, and what its maps are.
+
+    Without weights the network has random ones, the same each time: good for measuring, and until
+    :meth:`import_weights` gives it others.
+
+    Args:
+        device: Where it runs.
+        precision: What it computes in.
+        weights: File of published weights.
+
+    Attributes:
+        network: The network, in evaluation mode; it takes no gradients.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+        WeightsError: If its weights are not those of the network.
+    """
+
+    title: ClassVar[str]
+    """What the network is called in messages."""
+    optional_keys: ClassVar[tuple[str, ...]] = ("num_batches_tracked",)
+    """Ends of names that a file need not have: they decide nothing."""
+
+    def __init__(
+        self,
+        *,
+        device: str = "cpu",
+        precision: Precision = "float32",
+        weights: Path | None = None,
+    ) -> None:
+        self.network: nn.Module = self._random_network()
+        self._weights_sha256: str | None = None
+        super().__init__(self.make_spec(), device=device, precision=precision)
+        self.network.to(self.device)
+        if weights is not None:
+            self.read_weights(weights)
+
+    @abstractmethod
+    def build_network(self) -> nn.Module:
+        """Build the network; its state dict has the published names."""
+
+    @abstractmethod
+    def make_spec(self) -> TeacherSpec:
+        """Declare the teacher, with the constants of the weights that the network has."""
+
+    @abstractmethod
+    def predict(self, windows: Tensor) -> dict[str, Tensor]:
+        """Return all maps of whole windows, activated, at the size of the input.
+
+        Args:
+            windows: ``(B, 3, T, H, W)``, prepared, in the order of :meth:`Teacher.window`.
+
+        Returns:
+            Each ``(B, H, W)`` float32, by its published name.
+        """
+
+    def initialise(self, network: nn.Module) -> None:
+        """Draw weights that do not fade from layer to layer, so that maps depend on the frames."""
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose3d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """SHA-256 of the weights' file, or of the tensors; nothing if they are random."""
+        return self._weights_sha256
+
+    def read_weights(self, path: Path) -> None:
+        """Take the weights of a file; nothing in it is run.
+
+        Raises:
+            CheckpointError: If it cannot be read.
+            WeightsError: If its weights are not those of the network.
+        """
+        content = read_whole(path, kind=f"weights of {self.title}")
+        if not isinstance(content, Mapping):
+            raise WeightsError(f"{path} holds no weights by name")
+        try:
+            self.import_weights(content)
+        except WeightsError as error:
+            raise WeightsError(f"{path} does not fit: {error}") from error
+        self._weights_sha256 = hash_file(path).hex()
+
+    def import_weights(self, state_dict: Mapping[str, Any]) -> None:
+        """Take weights with the published names.
+
+        Args:
+            state_dict: Tensors by name, or a dictionary that holds them in one of ``WRAPPERS``; the
+                names may begin with ``module.``.
+
+        Raises:
+            WeightsError: If a tensor is missing, not expected, or of another shape or type.
+        """
+        given = unwrap(state_dict)
+        with torch.device("meta"):  # no weights are drawn only to be replaced
+            network = self.build_network()
+        wanted = network.state_dict()
+        optional = {key: value for key, value in wanted.items() if key.endswith(self.optional_keys)}
+        given = {**{key: torch.zeros_like(v, device="cpu") for key, v in optional.items()}, **given}
+        check_fit(given, wanted, title=self.title)
+        network.to_empty(device="cpu").load_state_dict(given)
+        self.network = network.eval().requires_grad_(requires_grad=False)
+        self.spec = self.make_spec()
+        self._weights_sha256 = _digest(given)
+        self.network.to(self.device)
+
+    def _random_network(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(SEED)  # of the CPU alone, unlike torch.manual_seed
+            network = self.build_network()
+            self.initialise(network)
+        return network.eval().requires_grad_(requires_grad=False)
+
+
+def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors by name in a dictionary, without what training puts around them."""
+    for wrapper in WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    given = {str(key): value for key, value in content.items()}
+    while given and all(key.startswith("module.") for key in given):
+        given = {key.removeprefix("module."): value for key, value in given.items()}
+    return given
+
+
+def check_fit(given: Mapping[str, Any], wanted: Mapping[str, Tensor], *, title: str) -> None:
+    """Refuse weights that are not those of a network.
+
+    Raises:
+        WeightsError: If a tensor is missing, not expected, or of another shape or type.
+    """
+
+    def is_like(value: object, tensor: Tensor) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        return value.is_floating_point() == tensor.is_floating_point()
+
+    both = [key for key in wanted if key in given]
+    alike = [key for key in both if is_like(given[key], wanted[key])]
+    faults = {
+        "missing": [key for key in wanted if key not in given],
+        "not expected": [key for key in given if key not in wanted],
+        "not of numbers of the right kind": [key for key in both if key not in alike],
+        "misshaped": [
+            f"{key} of {_shape(given[key])} instead of {_shape(wanted[key])}"
+            for key in alike
+            if given[key].shape != wanted[key].shape
+        ],
+    }
+    if any(faults.values()):
+        told = [f"{len(keys)} {fault}: {_some(keys)}" for fault, keys in faults.items() if keys]
+        raise WeightsError(f"these are not the weights of {title}: {'; '.join(told)}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "one number"
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
