@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import platform
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -37,6 +38,8 @@ TRIES: Final = 3
 POLL_SECONDS: Final = 0.5
 WAIT_SECONDS: Final = 60.0
 """Between two remarks that Ray does not start a worker."""
+REACH_SECONDS: Final = 10.0
+"""For a cluster to take a connection."""
 DEATH_SECONDS: Final = 10.0
 """How long a killed process of this machine is waited for."""
 HANG_SECONDS: Final = 600.0
@@ -305,7 +308,9 @@ class RayExecutor(Executor):
 
     def _share(self) -> None:
         """Ask a busy worker for units that it has not begun, if another one has nothing to do."""
-        if self._waiting or self._is_draining or not any(actor.is_idle for actor in self._crew):
+        if self._waiting or self._is_draining or not self._settings.shares:
+            return
+        if not any(actor.is_idle for actor in self._crew):
             return
         busy = [actor for actor in self._crew if actor.attempt is not None]
         if not busy or any(actor.giving is not None for actor in busy):
@@ -465,15 +470,15 @@ def start_ray(address: str | None, *, teacher: str = "") -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    is_verbose = log.isEnabledFor(logging.DEBUG)
     quiet: dict[str, Any] = {}
-    if not is_verbose:
+    if not log.isEnabledFor(logging.DEBUG):
         logging.getLogger("ray").setLevel(logging.ERROR)
         # Ray prints to the standard output what it thinks of a dead worker, whatever it is told;
         # that it need not, only its debugger can say.
         ray._private.worker._worker_logs_enabled = False
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
     if address is not None:
+        _check_reachable(address)
         # Every machine works with the code of this one, installed there or not.
         here = Path(__file__).resolve().parent.parent
         modules = [str(here / name) for name in PACKAGES] + _package_of(teacher)
@@ -481,9 +486,8 @@ def start_ray(address: str | None, *, teacher: str = "") -> None:
             ray.init(address=address, runtime_env={"py_modules": modules}, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             lines = str(error).strip().splitlines()
-            raise WorkerError(
-                f"cannot use the Ray cluster at {address}: {lines[0] if lines else error!r}"
-            ) from error
+            said = lines[0].strip("'").rstrip(".") if lines else type(error).__name__
+            raise WorkerError(f"cannot use the Ray cluster at {address}: {said}") from error
         return
     with _importable_by_children():
         ray.init(
@@ -492,6 +496,31 @@ def start_ray(address: str | None, *, teacher: str = "") -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
+
+
+def _check_reachable(address: str) -> None:
+    """Find out at once what Ray takes long, and many words, to find out."""
+    import ray
+
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise WorkerError(
+            f"cannot reach a Ray cluster at {address} ({error}); start one with: ray start --head"
+        ) from error
+    refused = getattr(ray.exceptions, "AuthenticationError", WorkerError)
+    try:
+        ray._raylet.GcsClient(address=address)
+    except refused as error:
+        raise WorkerError(
+            f"the Ray cluster at {address} asks for a token; set RAY_AUTH_MODE=token and have its "
+            "~/.ray/auth_token here"
+        ) from error
+    except Exception as error:  # whatever it is, connecting will tell
+        log.debug("%s", error)
 
 
 def _package_of(teacher: str) -> list[str]:

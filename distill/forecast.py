@@ -231,6 +231,7 @@ def forecast_run(
         budget=settings.budget,
         is_given_up=is_given_up,
         found=survey.found,
+        is_recurrent=teacher.is_recurrent,
     )
     what = "all frames" if settings.budget is None else _blocks(settings.budget.blocks)
     result = Forecast(
@@ -330,7 +331,7 @@ def _measure(
     store.add_videos(records)
     sets = {request.key: store.ensure_set(request, {}) for request in requests}
     targets = [Target.of(shard_set) for shard_set in sets.values()]
-    tasks = plan_tasks(store.videos, targets, found=survey.found)
+    tasks = plan_tasks(store.videos, targets, found=survey.found, is_recurrent=teacher.is_recurrent)
     batch = settings.batch or teacher.spec.batch
     times = Times()
     windows = shards = 0

@@ -113,14 +113,18 @@ def label_video(
         VideoError: If the video cannot be decoded, or is not the one that was planned with.
         TargetValueError: If the teacher's maps cannot be stored.
         StoreWriteError: If the store cannot be written.
-        TeacherMemoryError: If not even one window fits into the device's memory.
+        TeacherMemoryError: If not even one window fits into the device's memory; of a recurrent
+            teacher, not a whole batch.
     """
     video, times = task.video, times or Times()
     check_unchanged(video, task.stamp)
-    contexts = [_context(task, unit, sets, teacher) for unit in task.units]
+    sets = {key: sets[key] for key in task.sets}
+    steps = _steps(task, sets, teacher)
+    contexts = [_context(task, span, unit, sets, teacher) for span, unit in steps]
     decoded = decode_views(
         video, _join(contexts), _viewers(sets, teacher), reader=reader, index=task.index
     )
+    teacher.reset()
     with (
         closing(read_ahead(decoded, READ_AHEAD_FRAMES)) as frames,
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
@@ -133,12 +137,15 @@ def label_video(
             return ShardDone(video.id, key, receipt, len(task.span(unit)), fewer)
 
         try:
-            for unit, context in zip(task.units, contexts, strict=True):
+            for (span, unit), context in zip(steps, contexts, strict=True):
+                buffer.forget_before(context.start)
+                if unit is None:
+                    (key,) = sets
+                    yield from _pass(buffer, key, span, teacher, video.frames, batch, times)
+                    continue
                 if not claim(unit):
                     break
                 yield Begun(unit.shard)
-                buffer.forget_before(context.start)
-                span = task.span(unit)
                 for key in unit.sets:
                     data: dict[str, npt.NDArray[Any]]
                     shard_set, used = sets[key], batch
@@ -159,6 +166,22 @@ def label_video(
             raise
         for future in writing:
             yield future.result()
+
+
+def _pass(
+    buffer: FrameBuffer,
+    key: str,
+    span: range,
+    teacher: Teacher,
+    num_frames: int,
+    batch: int,
+    times: Times,
+) -> Iterator[Labelled]:
+    """Have a recurrent teacher see a span that needs no labels; nothing is counted."""
+    for _ in label_span(
+        buffer, key, span, teacher, num_frames=num_frames, batch=batch, times=times
+    ):
+        yield Labelled(0)  # a sign of life
 
 
 def _label_shard(
@@ -183,10 +206,10 @@ def _label_shard(
                 done += count
                 yield Labelled(count)
         except torch.OutOfMemoryError as error:
-            if batch == 1:
+            if batch == 1 or teacher.is_recurrent:  # whose state is that of the batch
                 raise TeacherMemoryError(
-                    f"one window of {teacher.spec.name} does not fit into the memory of "
-                    f"{teacher.device}; use a smaller --size or another device"
+                    f"{batch} windows of {teacher.spec.name} do not fit into the memory of "
+                    f"{teacher.device}; use a smaller --batch or --size, or another device"
                 ) from error
             if done:
                 yield Labelled(-done)
@@ -272,10 +295,24 @@ def _view_at(height: int, width: int) -> Callable[[Frame], Frame]:
     return lambda frame: resize_frames(frame[None], height, width)[0]
 
 
-def _context(task: Task, unit: Unit, sets: Mapping[str, ShardSet], teacher: Teacher) -> range:
-    """Return the frames that must be at hand for a unit."""
-    span = task.span(unit)
-    if not any(isinstance(sets[key], LabelSet) for key in unit.sets):
+def _steps(
+    task: Task, sets: Mapping[str, ShardSet], teacher: Teacher
+) -> list[tuple[range, Unit | None]]:
+    """Return spans in order with their units; a recurrent teacher sees what is before them, too."""
+    steps: list[tuple[range, Unit | None]] = [(task.span(unit), unit) for unit in task.units]
+    if not teacher.is_recurrent or not any(isinstance(s, LabelSet) for s in sets.values()):
+        return steps
+    units = {unit.shard: unit for unit in task.units}
+    first = task.grid.shards(task.video).start
+    shards = range(first, task.units[-1].shard + 1)
+    return [(task.grid.frames_of(shard, task.video), units.get(shard)) for shard in shards]
+
+
+def _context(
+    task: Task, span: range, unit: Unit | None, sets: Mapping[str, ShardSet], teacher: Teacher
+) -> range:
+    """Return the frames that must be at hand for a step."""
+    if unit is not None and not any(isinstance(sets[key], LabelSet) for key in unit.sets):
         return span
     context = teacher.context_of(span, task.video.frames)
     return range(min(span.start, context.start), max(span.stop, context.stop))

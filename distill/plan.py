@@ -58,6 +58,11 @@ class Task:
         return self.grid.frames_of(unit.shard, self.video)
 
     @property
+    def sets(self) -> tuple[str, ...]:
+        """Keys of all sets that the units miss."""
+        return tuple(dict.fromkeys(key for unit in self.units for key in unit.sets))
+
+    @property
     def num_windows(self) -> int:
         """Windows that a teacher looks at: frames to label, in each label set."""
         return sum(unit.num_label_sets * len(self.span(unit)) for unit in self.units)
@@ -107,6 +112,7 @@ def plan_tasks(
     budget: Budget | None = None,
     is_given_up: Callable[[VideoRow, int], bool] = lambda video, shard: False,
     found: Mapping[bytes, Found] | None = None,
+    is_recurrent: bool = False,
 ) -> list[Task]:
     """Return what is missing, the longest task first; videos with equal content are one.
 
@@ -116,6 +122,8 @@ def plan_tasks(
         budget: Some shards of each video only, with the frames of the clips that end in them.
         is_given_up: Tells which shards of a video are not to be tried.
         found: By content hash, what a look at the file gave.
+        is_recurrent: Whether the teacher has to see a video from its beginning: a task is then a
+            whole video, for one set.
     """
     grid = targets[0].request.grid
     tasks: list[Task] = []
@@ -127,7 +135,12 @@ def plan_tasks(
                 units.append(Unit(shard, keys))
         if not units:
             continue
-        tasks += _stretches(Task(video, grid, tuple(units)), (found or {}).get(video.content_hash))
+        task = Task(video, grid, tuple(units))
+        look = (found or {}).get(video.content_hash)
+        if is_recurrent:
+            tasks += _passes(task, look)
+        else:
+            tasks += _stretches(task, look)
     # The longest first, so that none is left over when the others are done; then as in the store.
     return sorted(
         tasks, key=lambda task: (-task.num_windows, task.video.first, task.units[0].shard)
@@ -154,6 +167,20 @@ def wanted_shards(
                 target for target in frames if target not in wanted.get(shown, [])
             )
     return dict(sorted(wanted.items()))
+
+
+def _passes(task: Task, found: Found | None) -> list[Task]:
+    """Return a task for each set, which one worker does from the video's beginning."""
+    stamp = found.stamp if found is not None else None
+    return [
+        Task(
+            task.video,
+            task.grid,
+            tuple(Unit(unit.shard, (key,)) for unit in task.units if key in unit.sets),
+            stamp,
+        )
+        for key in task.sets
+    ]
 
 
 def _stretches(task: Task, found: Found | None) -> list[Task]:

@@ -104,7 +104,7 @@ def _build_teacher(label_set: LabelSet, weights: Path | None) -> Teacher:
     layout = label_set.layout
     then = label_set.request.provenance
     teacher = build(
-        label_set.teacher,
+        label_set.request.description.get("factory", label_set.teacher),
         size=(layout.height, layout.width),
         precision=then["compute"],
         weights=weights,
@@ -123,18 +123,24 @@ def _label(
 ) -> dict[str, npt.NDArray[Any]]:
     request = label_set.request
     batch = int(label_set.attributes["environment"].get("batch", teacher.spec.batch))
-    span = label_set.frames_of(shard, video)
+    before = label_set.shards(video).start if teacher.is_recurrent else shard
+    spans = [label_set.frames_of(other, video) for other in range(before, shard + 1)]
+    contexts = [teacher.context_of(part, video.frames) for part in spans]
+    teacher.reset()
     decoded = decode_views(
         replace(video, root=str(path.parent), path=path.name),
-        [teacher.context_of(span, video.frames)],
+        [range(min(c.start for c in contexts), max(c.stop for c in contexts))],
         {label_set.key: view_for(teacher, request.variant)},
         reader=request.provenance["decoder"]["reader"],
     )
     with closing(read_ahead(decoded, READ_AHEAD_FRAMES)) as frames:
         buffer = FrameBuffer(frames, Times())
-        parts = list(
-            label_span(buffer, label_set.key, span, teacher, num_frames=video.frames, batch=batch)
-        )
+        for part, context in zip(spans, contexts, strict=True):
+            buffer.forget_before(context.start)
+            planes = label_span(
+                buffer, label_set.key, part, teacher, num_frames=video.frames, batch=batch
+            )
+            parts = list(planes)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -136,6 +136,7 @@ def _label(
         budget=settings.budget,
         is_given_up=lambda video, shard: (video.first, shard) in passed,
         found=survey.found,
+        is_recurrent=teacher.is_recurrent,
     )
     for name in report.label_sets:
         store.log_run(event="start", label_set=name, tasks=len(tasks), **surroundings)
@@ -155,6 +156,7 @@ def _label(
                 reader=settings.reader,
                 batch=batch,
                 threads=settings.cpus_per_actor,
+                shares=not teacher.is_recurrent,
             )
             run_tasks(store, tasks, _executor(worker, settings), sets, report, settings)
     finally:

@@ -93,7 +93,7 @@ class DistillSettings:
                 teacher=teacher.spec.name,
                 provenance={**teacher.provenance, "decoder": decoder},
                 layout=teacher.spec.layout,
-                description=teacher.spec.description,
+                description={**teacher.spec.description, "factory": self.teacher},
                 variant=variant,
                 grid_step=self.grid_step,
                 shard_frames=self.shard_frames,

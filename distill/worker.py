@@ -58,6 +58,8 @@ class WorkerSettings:
     reader: Reader = "pyav"
     batch: int = 1
     threads: int = 1
+    shares: bool = True
+    """Whether workers may take over what others have not begun."""
 
 
 @dataclass(frozen=True)

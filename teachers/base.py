@@ -65,6 +65,12 @@ class TeacherSpec:
     batch: int
     """Windows that are labelled together when nobody says otherwise."""
 
+    is_recurrent: bool = False
+    """Whether a frame's map depends on all frames before it; see :meth:`reset`."""
+
+    def reset(self) -> None:
+        """Forget the video; spans are labelled one after the other from frame 0 on, if recurrent."""
+
     @property
     def provenance(self) -> dict[str, Any]:
         """What decides the targets, beside the video and what the store does with them.
@@ -106,6 +112,12 @@ class Teacher(ABC):
         self.spec = spec
         self.device: Final = torch.device(device)
         self.precision: Final = precision
+
+    is_recurrent: bool = False
+    """Whether a frame's map depends on all frames before it; see :meth:`reset`."""
+
+    def reset(self) -> None:
+        """Forget the video; spans are labelled one after the other from frame 0 on, if recurrent."""
 
     @property
     def provenance(self) -> dict[str, Any]:

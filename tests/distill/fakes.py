@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,29 @@ class FakeTeacher(Teacher):
                 time.sleep(act["seconds"])
             case what:
                 raise AssertionError(what)
+
+
+class RecurrentTeacher(FakeTeacher):
+    """Says the mean brightness of all frames so far, which it must have seen in order."""
+
+    is_recurrent = True
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - those of a FakeTeacher
+        super().__init__(**options)
+        self.spec = replace(self.spec, name="recurrent", window=1)
+        self.reset()
+
+    def reset(self) -> None:
+        self._seen, self._sum = 0, 0.0
+
+    def label_span(
+        self, frames: Tensor, *, first: int, span: range, num_frames: int
+    ) -> Mapping[str, Tensor]:
+        assert span.start == self._seen, "a frame was left out"
+        values = []
+        for frame in span:
+            self._sum += float(frames[frame - first].mean())
+            values.append(self._sum / (frame + 1) * 100)
+        self._seen = span.stop
+        value = torch.tensor(values)[:, None, None, None]
+        return {f"maps_{h}x{w}": value.expand(-1, 1, h, w) for h, w in ((4, 6), (2, 3))}

@@ -15,6 +15,7 @@ from cli import cli
 from distill import Budget, DistillSettings, label_videos
 from distill.forecast import forecast_run
 from distill.plan import STRETCH_FRAMES, Found, Target, plan_tasks
+from distill.relabel import relabel_shards
 from stores import decode
 from stores.decode import FrameIndex
 from stores.schema import LabelRequest
@@ -177,6 +178,32 @@ def test_both_variants_decode_once(
     assert len(count) == 134
     assert (report.frames, report.shards, len(report.label_sets)) == (2 * 134, 20, 2)
     assert contents(both) == contents(one) | contents(other)
+
+
+def test_recurrent_teacher_sees_every_video_from_its_beginning(
+    tmp_path: Path, video_folder: Path
+) -> None:
+    settings = replace(SETTINGS, teacher="tests.distill.fakes:RecurrentTeacher", variant="both")
+    whole, grown = tmp_path / "whole.zarr", tmp_path / "grown.zarr"
+    label_videos([video_folder], whole, replace(settings, with_frames=(32, 32)))
+    label_videos([video_folder], grown, replace(settings, budget=Budget(2, seed=1)))
+    labels = TargetStore.open(grown).label_set("recurrent-identity")
+    spans = [(name, span) for name in ("long", "short") for span in labels.coverage(name)]
+    teacher = build("tests.distill.fakes:RecurrentTeacher")
+    for name, span in spans:
+        frames = decode.decode_video(video_folder / f"{name}.avi")
+        prepared = teacher.prepare(np.stack([teacher.resize(frame) for frame in frames]))
+        teacher.reset()
+        expected = teacher.label(
+            prepared, first=0, span=range(len(prepared)), num_frames=len(prepared)
+        )
+        for array, values in labels.read(name, span.start, span.stop).items():
+            planes = expected[array][span.start : span.stop].numpy()
+            assert np.abs(values - planes).max() <= 1 / 64 + 1e-3
+    report = label_videos([video_folder], grown, replace(settings, with_frames=(32, 32)))
+    assert report.failures == []
+    assert contents(grown) == contents(whole)
+    assert relabel_shards(str(whole), 100, labels="recurrent-hflip").wrong == 0
 
 
 @pytest.mark.ray
