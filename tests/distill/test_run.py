@@ -130,33 +130,6 @@ def test_killed_run_continues_to_the_same_bytes(tmp_path: Path, sample_folder: P
     assert contents(cut) == contents(whole)
 
 
-@pytest.mark.ray
-def test_interrupted_run_keeps_what_is_done(tmp_path: Path, sample_folder: Path) -> None:
-    path = tmp_path / "targets.zarr"
-    command = [
-        *(sys.executable, "cli.py", "distill", str(sample_folder / "bikes.mp4")),
-        *("--store", str(path), "--teacher", "pqft", "--shard-frames", "16"),
-    ]
-    process = subprocess.Popen(
-        command, cwd=PROJECT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
-    while len(list(path.glob("labels/*/maps_96x128/c.*"))) < 3:
-        assert process.poll() is None, "the run ended before it was interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.strip().splitlines()[-1].startswith("interrupted; run the same command again")
-    assert "Traceback" not in errors
-    labels = TargetStore.open(path).label_set()
-    written = {file.name for file in path.glob("labels/*/maps_96x128/c.*")}
-    assert 3 <= len(written) < 16
-    # What was begun is finished, and nothing that was written is lost.
-    assert {f"c.{shard}.0.0.0" for shard in labels.receipts.shards()} == written
-
-
 def test_broken_video_among_good_ones_is_skipped(
     tmp_path: Path, make_video: MakeVideo, undisturbed: Path
 ) -> None:
