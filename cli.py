@@ -11,7 +11,7 @@ import click
 
 # Ray, torch and zarr load only when a command runs, so that --help answers at once.
 
-TEACHER_NAMES = ("pqft", "hd2s", "assistant")
+TEACHER_NAMES = ("pqft", "hd2s", "tased", "assistant")
 VARIANT_NAMES = (
     *("tinyhd-s", "tinyhd-s-rc2", "tinyhd-s-rc4"),
     *("tinyhd-m", "tinyhd-m-rc2", "tinyhd-m-rc4"),
@@ -421,6 +421,63 @@ def models_command() -> None:
         "teacher's and\nyour videos' licences allow. Published ones are turned into checkpoints by "
         "tinyhd weights import."
     )
+
+
+@cli.group("teachers", invoke_without_command=True)
+@click.pass_context
+def teachers_command(ctx: click.Context) -> None:
+    """List the teachers: what they see, what they say, and the licence of published weights.
+
+    \b
+    Example:
+        python cli.py teachers
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from teachers import TEACHERS, build
+
+    for name in TEACHERS:
+        if name == "assistant":
+            click.echo(f"{name}\n  a TinyHD of a checkpoint (--weights), with the maps that it has")
+            continue
+        spec = build(name).spec
+        layout = spec.layout
+        click.echo(
+            f"{name}\n  {spec.paper}\n  weights: {spec.licence}\n  sees {spec.window} frames of "
+            f"{layout.height}x{layout.width}, says: {', '.join(layout.names)}"
+        )
+    click.echo("\nYour own: --teacher package.module:Class, see docs/own-teacher.md.")
+
+
+@teachers_command.command("check")
+@click.argument("name")
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File of its weights; nothing in it is run.",
+)
+@click.option("--size", type=Size(), help="Frames fed to the teacher.  [default: as published]")
+@click.option("--device", default="cpu", help="Where it runs, e.g. cuda:1.")
+def teachers_check_command(
+    *, name: str, weights: Path | None, size: tuple[int, int] | None, device: str
+) -> None:
+    """Import weights into the teacher NAME and look at what it says of a built-in clip.
+
+    Exits with 1 if a map is not finite or is constant.
+
+    \b
+    Example:
+        python cli.py teachers check hd2s --weights hd2s.pth
+    """
+    from teachers.check import check_weights
+    from teachers.registry import WITH_WEIGHTS
+
+    if weights is None and name in WITH_WEIGHTS:
+        raise click.UsageError(f"the teacher {name!r} needs its weights; give them with --weights")
+    report = check_weights(name, weights, size=size, device=device)
+    click.echo(report)
+    if not report.is_good:
+        sys.exit(1)
 
 
 @cli.command("export")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,10 @@ from student.tinyhd import TinyHD
 
 FORMAT: Final = "tinyhd-checkpoint"
 VERSION: Final = 1
+CODE: Final = re.compile(r"GLOBAL ([\w.]+)")
+"""What PyTorch says of a pickle that names something else than tensors and plain values."""
+CUT_OFF: Final = ("failed finding central directory", "unexpected EOF", "Ran out of input")
+"""What it says of a file that ends too early."""
 
 
 class CheckpointError(TinyHDError):
@@ -75,9 +80,16 @@ def read_whole(path: Path, *, kind: str) -> Any:  # noqa: ANN401 - whatever the 
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except Exception as error:  # damaged bytes make an unpickler fail in any way there is
-        raise CheckpointError(
-            f"{path} is not {kind}, or is damaged, or not completely copied"
-        ) from error
+        if code := CODE.search(str(error)):
+            raise CheckpointError(
+                f"{path} is refused: reading it would run code ({code[1]}); only tensors and plain "
+                "values are read"
+            ) from error
+        if isinstance(error, EOFError) or any(words in str(error) for words in CUT_OFF):
+            raise CheckpointError(
+                f"{path} is not {kind} as a whole: its end is missing; copy or download it again"
+            ) from error
+        raise CheckpointError(f"{path} is not {kind}, or is damaged") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

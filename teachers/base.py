@@ -65,12 +65,6 @@ class TeacherSpec:
     batch: int
     """Windows that are labelled together when nobody says otherwise."""
 
-    is_recurrent: bool = False
-    """Whether a frame's map depends on all frames before it; see :meth:`reset`."""
-
-    def reset(self) -> None:
-        """Forget the video; spans are labelled one after the other from frame 0 on, if recurrent."""
-
     @property
     def provenance(self) -> dict[str, Any]:
         """What decides the targets, beside the video and what the store does with them.
@@ -116,8 +110,8 @@ class Teacher(ABC):
     is_recurrent: bool = False
     """Whether a frame's map depends on all frames before it; see :meth:`reset`."""
 
-    def reset(self) -> None:
-        """Forget the video; spans are labelled one after the other from frame 0 on, if recurrent."""
+    def reset(self) -> None:  # noqa: B027 - nothing to forget, unless recurrent
+        """Forget the video: a recurrent teacher labels span after span from frame 0 on."""
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
+from stores.maps import render_maps
 from stores.videos import hash_file
-from student.checkpoints import read_whole
+from student.checkpoints import FORMAT, read_whole
 from student.reference import WeightsError
 from teachers.base import Precision, Teacher, TeacherSpec
 
@@ -69,7 +70,7 @@ class NetworkTeacher(Teacher):
     def make_spec(self) -> TeacherSpec:
         """Declare the teacher, with the constants of the weights that the network has."""
 
-    @abstractmethod
+    @torch.inference_mode()
     def predict(self, windows: Tensor) -> dict[str, Tensor]:
         """Return all maps of whole windows, activated, at the size of the input.
 
@@ -79,6 +80,11 @@ class NetworkTeacher(Teacher):
         Returns:
             Each ``(B, H, W)`` float32, by its published name.
         """
+        layout = self.spec.layout
+        with self._arithmetic():
+            planes = {name: values.float() for name, values in self.logits(windows).items()}
+        size = {"height": layout.height, "width": layout.width}
+        return render_maps(planes, layout, layout.names, **size)
 
     def initialise(self, network: nn.Module) -> None:
         """Draw weights that do not fade from layer to layer, so that maps depend on the frames."""
@@ -104,7 +110,8 @@ class NetworkTeacher(Teacher):
         try:
             self.import_weights(content)
         except WeightsError as error:
-            raise WeightsError(f"{path} does not fit: {error}") from error
+            hint = _hint(content)
+            raise WeightsError(f"{path} does not fit: {error}{hint}") from error
         self._weights_sha256 = hash_file(path).hex()
 
     def import_weights(self, state_dict: Mapping[str, Any]) -> None:
@@ -177,6 +184,27 @@ def check_fit(given: Mapping[str, Any], wanted: Mapping[str, Tensor], *, title: 
     if any(faults.values()):
         told = [f"{len(keys)} {fault}: {_some(keys)}" for fault, keys in faults.items() if keys]
         raise WeightsError(f"these are not the weights of {title}: {'; '.join(told)}")
+
+
+def _hint(content: Mapping[str, Any]) -> str:
+    """Return what weights are that do not fit, if they are known."""
+    from teachers.registry import TEACHERS  # which knows this module
+
+    if content.get("format") == FORMAT:
+        return "; it is a checkpoint of TinyHD Toolkit: use --teacher assistant"
+    given = unwrap(content)
+    if any(key.startswith("encoder.encoder.") for key in given):
+        return (
+            "; they look like a TinyHD's: make a checkpoint of them with tinyhd weights import, "
+            "and use --teacher assistant"
+        )
+    for name, factory in TEACHERS.items():
+        if isinstance(factory, type) and issubclass(factory, NetworkTeacher):
+            wanted = factory().network.state_dict()
+            needed = {key for key in wanted if not key.endswith(factory.optional_keys)}
+            if needed <= given.keys() <= wanted.keys():
+                return f"; they fit the teacher {name!r}"
+    return ""
 
 
 def _shape(tensor: Tensor) -> str:

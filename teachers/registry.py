@@ -11,15 +11,17 @@ from teachers.assistant import AssistantTeacher
 from teachers.base import Precision, Teacher
 from teachers.hd2s import Hd2sTeacher
 from teachers.pqft import PqftTeacher
+from teachers.tased import TasedTeacher
 
 TEACHERS: Final[dict[str, Callable[..., Teacher]]] = {
     "pqft": PqftTeacher,
     "hd2s": Hd2sTeacher,
+    "tased": TasedTeacher,
     "assistant": AssistantTeacher,
 }
 """Factories, called with ``device``, ``precision`` and, where they are given, ``height`` and
 ``width`` of the frames fed to the network and ``weights``, the path of its file."""
-WITH_WEIGHTS: Final = frozenset({"hd2s", "assistant"})
+WITH_WEIGHTS: Final = frozenset({"hd2s", "tased", "assistant"})
 """Teachers that say nothing of use without a file of weights."""
 
 
@@ -55,7 +57,12 @@ def build(
         options |= {"height": size[0], "width": size[1]}
     if weights is not None:
         options["weights"] = weights
-    teacher = factory(**options)
+    try:
+        teacher = factory(**options)
+    except TypeError as error:
+        if name in TEACHERS:
+            raise
+        raise ValueError(f"{name} cannot be made with {', '.join(options)}: {error}") from error
     if not isinstance(teacher, Teacher):
         raise ValueError(f"{name} gave a {type(teacher).__name__}, not a Teacher")
     return teacher

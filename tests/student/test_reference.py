@@ -100,7 +100,7 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
         "ours.pt": "already",
         "list.pth": "holds no weights",
         "numbers.pth": "'a' is not a tensor",
-        "code.pth": "is not a file of PyTorch weights",
+        "code.pth": "is refused: reading it would run code",
         "text.pth": "is not a file of PyTorch weights",
         "none.pth": "does not exist",
     }.items():
