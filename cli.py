@@ -11,7 +11,7 @@ import click
 
 # Ray, torch and zarr load only when a command runs, so that --help answers at once.
 
-TEACHER_NAMES = ("pqft", "hd2s", "tased", "assistant")
+TEACHER_NAMES = ("pqft", "hd2s", "tased", "vinet", "vinet-s", "vinet-a", "assistant")
 VARIANT_NAMES = (
     *("tinyhd-s", "tinyhd-s-rc2", "tinyhd-s-rc4"),
     *("tinyhd-m", "tinyhd-m-rc2", "tinyhd-m-rc4"),
@@ -111,6 +111,13 @@ def cli(*, verbose: bool) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The teacher's weights, if it has any.",
 )
+@click.option(
+    "--teacher-option",
+    "teacher_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What else the teacher takes, e.g. head_mode=released for hd2s.",
+)
 @click.option("--store", type=StorePlace(), required=True, help="Store to fill; made if needed.")
 @click.option("--size", type=Size(), help="Frames fed to the teacher.  [default: as published]")
 @click.option("--with-frames", type=Size(), help="Keep the frames too, at a student's size.")
@@ -208,11 +215,15 @@ def distill_command(
         raise click.UsageError("--calibrate goes with --dry-run")
     blocks, seed = options.pop("blocks_per_video"), options.pop("seed")
     shard_frames = options.pop("shard_frames")
+    pairs = [pair.partition("=") for pair in options.pop("teacher_options")]
+    if odd := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise click.UsageError(f"--teacher-option takes NAME=VALUE, got {odd[0]!r}")
     if blocks is not None and shard_frames not in (None, "16"):
         raise click.UsageError("--blocks-per-video labels shards of 16 frames; drop --shard-frames")
     settings = DistillSettings(
         budget=Budget(blocks, seed) if blocks is not None else None,
         shard_frames=int(shard_frames or (256 if blocks is None else 16)),
+        teacher_options={name: value for name, _, value in pairs},
         grid_step=float(Fraction(options.pop("grid_step"))),
         **options,
     )
@@ -565,6 +576,7 @@ def ls_command(*, store: str, as_json: bool) -> None:
     "--relabel", type=click.IntRange(min=1), help="Label N random shards anew and compare."
 )
 @click.option("--labels", help="Label set for --relabel.  [default: the only one]")
+@click.option("--teacher", help="Your own teacher for --relabel, as package.module:factory.")
 @click.option(
     "--weights",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -582,6 +594,7 @@ def verify_command(
     repair: bool,
     relabel: int | None,
     labels: str | None,
+    teacher: str | None,
     weights: Path | None,
     videos_root: Path | None,
     seed: int,
@@ -604,7 +617,13 @@ def verify_command(
         from distill.relabel import relabel_shards
 
         compared = relabel_shards(
-            store, relabel, labels=labels, weights=weights, videos_root=videos_root, seed=seed
+            store,
+            relabel,
+            labels=labels,
+            teacher=teacher,
+            weights=weights,
+            videos_root=videos_root,
+            seed=seed,
         )
         click.echo(compared)
         if not compared.is_within_bounds:

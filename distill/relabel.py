@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,10 @@ from stores.table import VideoRow
 from stores.targets import TargetStore
 from stores.videos import hash_file
 from teachers.base import Teacher
-from teachers.registry import build
+from teachers.registry import TEACHERS, build
+
+OWN_OPTIONS: Final = ("name", "size", "device", "precision", "weights")
+"""What is told of a teacher elsewhere."""
 
 
 @dataclass
@@ -56,6 +60,7 @@ def relabel_shards(
     number: int,
     *,
     labels: str | None = None,
+    teacher: str | None = None,
     weights: Path | None = None,
     videos_root: Path | None = None,
     seed: int = 0,
@@ -66,6 +71,7 @@ def relabel_shards(
         where: Path or URL of the store; it is only read.
         number: Shards to look at; all if there are fewer.
         labels: Name of the label set, or its beginning.
+        teacher: What labels, if it is one of your own: what a store names is not imported.
         weights: The teacher's weights, if it has any.
         videos_root: Where the videos lie now, if not where they were labelled.
         seed: Which shards are taken.
@@ -76,7 +82,7 @@ def relabel_shards(
     """
     store = TargetStore.open(where)
     label_set = store.label_set(labels)
-    teacher = _build_teacher(label_set, weights)
+    judge = _build_teacher(label_set, teacher, weights)
     choices = [
         (video, shard)
         for video in {row.first: row for row in store.videos}.values()
@@ -93,21 +99,27 @@ def relabel_shards(
             path = (videos_root or Path(video.root)) / video.path
             if hash_file(path) != video.content_hash:
                 raise VideoChangedError(f"{path} is not the video that {where} was labelled from")
-            _compare(
-                label_set, video, shard, _label(label_set, video, shard, teacher, path), report
-            )
+            _compare(label_set, video, shard, _label(label_set, video, shard, judge, path), report)
             progress.advance()
     return report
 
 
-def _build_teacher(label_set: LabelSet, weights: Path | None) -> Teacher:
+def _build_teacher(label_set: LabelSet, name: str | None, weights: Path | None) -> Teacher:
     layout = label_set.layout
     then = label_set.request.provenance
+    description = label_set.request.description
+    if name is None and label_set.teacher not in TEACHERS:
+        raise TargetStoreError(
+            f"{label_set.name} is from a teacher of one's own, "
+            f"{description.get('factory', label_set.teacher)!r}; if you trust it, name it with "
+            "--teacher"
+        )
     teacher = build(
-        label_set.request.description.get("factory", label_set.teacher),
+        name or label_set.teacher,
         size=(layout.height, layout.width),
         precision=then["compute"],
         weights=weights,
+        **_options(description.get("options", "{}")),
     )
     now = teacher.provenance
     if other := [name for name in now if now[name] != then.get(name)]:
@@ -116,6 +128,15 @@ def _build_teacher(label_set: LabelSet, weights: Path | None) -> Teacher:
             f"{', '.join(other)}"
         )
     return teacher
+
+
+def _options(text: str) -> dict[str, str]:
+    """Return what else a teacher was given, as a store tells."""
+    try:
+        options = json.loads(text)
+        return {str(name): str(value) for name, value in options.items() if name not in OWN_OPTIONS}
+    except (ValueError, AttributeError) as error:
+        raise TargetStoreError(f"the teacher's options {text!r} cannot be read") from error
 
 
 def _label(

@@ -150,6 +150,7 @@ def _label(
                 sets=tuple(sets),
                 teacher=settings.teacher,
                 weights=settings.weights.resolve() if settings.weights is not None else None,
+                teacher_options=settings.teacher_options,
                 size=settings.size,
                 device=settings.device,
                 precision=settings.precision,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +26,8 @@ class DistillSettings:
     """A name, or ``package.module:factory``."""
     weights: Path | None = None
     """The teacher's file of weights; every machine needs it at this path."""
+    teacher_options: Mapping[str, str] = field(default_factory=dict)
+    """What else the teacher takes; see :func:`teachers.registry.build`."""
     size: tuple[int, int] | None = None
     """Height and width fed to the teacher; its published size if not given."""
     precision: Precision = "float32"
@@ -83,6 +87,7 @@ class DistillSettings:
             device=device,
             precision=self.precision,
             weights=self.weights,
+            **self.teacher_options,
         )
 
     def requests(self, teacher: Teacher) -> list[Request]:
@@ -93,7 +98,11 @@ class DistillSettings:
                 teacher=teacher.spec.name,
                 provenance={**teacher.provenance, "decoder": decoder},
                 layout=teacher.spec.layout,
-                description={**teacher.spec.description, "factory": self.teacher},
+                description={
+                    **teacher.spec.description,
+                    "factory": self.teacher,
+                    "options": json.dumps(dict(self.teacher_options), sort_keys=True),
+                },
                 variant=variant,
                 grid_step=self.grid_step,
                 shard_frames=self.shard_frames,

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -52,6 +52,7 @@ class WorkerSettings:
     """Keys of the label sets and frame sets that are filled."""
     teacher: str
     weights: Path | None = None
+    teacher_options: Mapping[str, str] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     device: str = "cpu"
     precision: Precision = "float32"
@@ -97,6 +98,7 @@ class LabelWorker:
             device=settings.device,
             precision=settings.precision,
             weights=settings.weights,
+            **settings.teacher_options,
         )
         store = TargetStore.open(settings.store, mode="r+")
         self._sets: dict[str, ShardSet] = {key: store.open_set(key) for key in settings.sets}

@@ -54,7 +54,7 @@ class TeacherSpec:
     resize_rule: str
     window: int
     """Frames the network sees at once; it labels the last of them."""
-    labelled_frame: Literal["last", "each"] = "last"
+    labelled_frame: Literal["last", "middle", "each"] = "last"
     """Which frame of its window the network labels."""
     head_policy: Literal["repeat_first", "time_reversed", "released", "overlap"]
     """How the first ``window - 1`` frames are labelled: with copies of frame 0 before the video;

@@ -12,16 +12,21 @@ from teachers.base import Precision, Teacher
 from teachers.hd2s import Hd2sTeacher
 from teachers.pqft import PqftTeacher
 from teachers.tased import TasedTeacher
+from teachers.vinet import VinetTeacher
+from teachers.vinet_s import VinetATeacher, VinetSTeacher
 
 TEACHERS: Final[dict[str, Callable[..., Teacher]]] = {
     "pqft": PqftTeacher,
     "hd2s": Hd2sTeacher,
     "tased": TasedTeacher,
+    "vinet": VinetTeacher,
+    "vinet-s": VinetSTeacher,
+    "vinet-a": VinetATeacher,
     "assistant": AssistantTeacher,
 }
 """Factories, called with ``device``, ``precision`` and, where they are given, ``height`` and
 ``width`` of the frames fed to the network and ``weights``, the path of its file."""
-WITH_WEIGHTS: Final = frozenset({"hd2s", "tased", "assistant"})
+WITH_WEIGHTS: Final = frozenset(TEACHERS) - {"pqft"}
 """Teachers that say nothing of use without a file of weights."""
 
 
@@ -32,6 +37,7 @@ def build(
     device: str = "cpu",
     precision: Precision = "float32",
     weights: Path | None = None,
+    **options: str,
 ) -> Teacher:
     """Make a teacher.
 
@@ -41,6 +47,7 @@ def build(
         device: Where it runs.
         precision: What it computes in.
         weights: File of its weights, for a teacher that has any; random ones if not given.
+        options: What else the teacher takes, as HD2S ``head_mode`` and ViNet-S ``upsampling``.
 
     Raises:
         ValueError: If there is no such teacher, the size does not fit it, or weights are missing or
@@ -52,17 +59,17 @@ def build(
         raise ValueError(f"the teacher {name!r} has no weights, got {weights}")
     if weights is None and name == "assistant":
         raise ValueError(f"the teacher {name!r} needs its weights; give them with --weights FILE")
-    options: dict[str, Any] = {"device": device, "precision": precision}
+    given: dict[str, Any] = {"device": device, "precision": precision, **options}
     if size is not None:
-        options |= {"height": size[0], "width": size[1]}
+        given |= {"height": size[0], "width": size[1]}
     if weights is not None:
-        options["weights"] = weights
+        given["weights"] = weights
     try:
-        teacher = factory(**options)
+        teacher = factory(**given)
     except TypeError as error:
-        if name in TEACHERS:
+        if name in TEACHERS and not options:
             raise
-        raise ValueError(f"{name} cannot be made with {', '.join(options)}: {error}") from error
+        raise ValueError(f"{name} cannot be made with {', '.join(given)}: {error}") from error
     if not isinstance(teacher, Teacher):
         raise ValueError(f"{name} gave a {type(teacher).__name__}, not a Teacher")
     return teacher

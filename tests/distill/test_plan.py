@@ -18,6 +18,7 @@ from distill.plan import STRETCH_FRAMES, Found, Target, plan_tasks
 from distill.relabel import relabel_shards
 from stores import decode
 from stores.decode import FrameIndex
+from stores.errors import TargetStoreError
 from stores.schema import LabelRequest
 from stores.table import VideoRow
 from stores.targets import TargetStore
@@ -203,7 +204,10 @@ def test_recurrent_teacher_sees_every_video_from_its_beginning(
     report = label_videos([video_folder], grown, replace(settings, with_frames=(32, 32)))
     assert report.failures == []
     assert contents(grown) == contents(whole)
-    assert relabel_shards(str(whole), 100, labels="recurrent-hflip").wrong == 0
+    with pytest.raises(TargetStoreError, match="if you trust it, name it with --teacher"):
+        relabel_shards(str(whole), 100, labels="recurrent-hflip")
+    own = {"labels": "recurrent-hflip", "teacher": settings.teacher}
+    assert relabel_shards(str(whole), 100, **own).wrong == 0
 
 
 @pytest.mark.ray
