@@ -206,8 +206,9 @@ def test_recurrent_teacher_sees_every_video_from_its_beginning(
     assert contents(grown) == contents(whole)
     with pytest.raises(TargetStoreError, match="if you trust it, name it with --teacher"):
         relabel_shards(str(whole), 100, labels="recurrent-hflip")
-    own = {"labels": "recurrent-hflip", "teacher": settings.teacher}
-    assert relabel_shards(str(whole), 100, **own).wrong == 0
+    name = settings.teacher
+    report = relabel_shards(str(whole), 100, labels="recurrent-hflip", teacher=name)
+    assert (report.shards, report.wrong) == (10, 0)
 
 
 @pytest.mark.ray
