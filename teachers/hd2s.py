@@ -7,7 +7,7 @@ saliency map is a weighted sum of the four.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
@@ -18,6 +18,7 @@ from stores.maps import DerivedMap, MapLayout, MapSpec
 from teachers.base import TeacherSpec, window_of
 from teachers.network import NetworkTeacher
 from teachers.s3d import NORM_EPS, NORM_MOMENTUM, Basic3d, S3d, S3dLevels
+from teachers.shared import Features
 
 HeadMode = Literal["time_reversed", "released"]
 
@@ -137,7 +138,7 @@ class Hd2s(nn.Module):
     def forward(self, clip: Tensor) -> Hd2sMaps:
         return self.compose(self.logits(clip))
 
-    def logits(self, clip: Tensor) -> Tensor:
+    def logits(self, clip: Features) -> Tensor:
         """Return the planes that decide all maps, sal2 first, ``(B, 4, H / 2, W / 2)``.
 
         Raises:
@@ -194,6 +195,7 @@ class Hd2sTeacher(NetworkTeacher):
     """
 
     title = "HD2S"
+    shares_windows = True
     network: Hd2s
 
     def __init__(
@@ -245,8 +247,10 @@ class Hd2sTeacher(NetworkTeacher):
 
     def label_span(
         self, frames: Tensor, *, first: int, span: range, num_frames: int
-    ) -> dict[str, Tensor]:
+    ) -> Mapping[str, Tensor]:
         """Label a span; released, the colours of the first frames' windows are turned around."""
+        if self.spec.head_policy != "released" or span.start >= HEAD:
+            return super().label_span(frames, first=first, span=span, num_frames=num_frames)
         indices = torch.tensor([self.window(frame, num_frames) for frame in span])
         windows = frames[indices - first].transpose(1, 2)  # B 3 T H W
         if self.spec.head_policy == "released":
@@ -254,7 +258,7 @@ class Hd2sTeacher(NetworkTeacher):
             windows[is_head] = windows[is_head].flip(1)
         return self.logits(windows)
 
-    def logits(self, windows: Tensor) -> dict[str, Tensor]:
+    def logits(self, windows: Features) -> dict[str, Tensor]:
         (array,) = self.spec.layout.arrays
         return {array: self.network.logits(windows)}
 

@@ -16,6 +16,7 @@ from stores.videos import hash_file
 from student.checkpoints import FORMAT, read_whole
 from student.reference import WeightsError
 from teachers.base import Precision, Teacher, TeacherSpec
+from teachers.shared import WindowRun
 
 WRAPPERS: Final = ("state_dict", "model", "model_state_dict", "student_model")
 """Entries in which a file may hold the weights."""
@@ -62,6 +63,9 @@ class NetworkTeacher(Teacher):
         if weights is not None:
             self.read_weights(weights)
 
+    shares_windows: bool = False
+    """Whether :meth:`logits` takes a :class:`teachers.shared.WindowRun` as well as windows."""
+
     @abstractmethod
     def build_network(self) -> nn.Module:
         """Build the network; its state dict has the published names."""
@@ -69,6 +73,24 @@ class NetworkTeacher(Teacher):
     @abstractmethod
     def make_spec(self) -> TeacherSpec:
         """Declare the teacher, with the constants of the weights that the network has."""
+
+    def label_span(
+        self, frames: Tensor, *, first: int, span: range, num_frames: int
+    ) -> Mapping[str, Tensor]:
+        """Label a span; consecutive windows share what they have in common, where they can."""
+        if not self.shares_windows:
+            return super().label_span(frames, first=first, span=span, num_frames=num_frames)
+        parts = []
+        for group in _runs([self.window(frame, num_frames) for frame in span]):
+            begin = group[0][0] - first
+            if len(group) > 1:
+                stop = group[-1][-1] - first + 1
+                run = WindowRun.of(frames[begin:stop], len(group[0]))
+                parts.append(self.logits(run))  # type: ignore[arg-type]  # it shares
+            else:
+                windows = frames[torch.tensor(group) - first].transpose(1, 2)
+                parts.append(self.logits(windows))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @torch.inference_mode()
     def predict(self, windows: Tensor) -> dict[str, Tensor]:
@@ -143,6 +165,20 @@ class NetworkTeacher(Teacher):
             network = self.build_network()
             self.initialise(network)
         return network.eval().requires_grad_(requires_grad=False)
+
+
+def _runs(windows: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """Group windows of consecutive frames that begin one frame after the other."""
+    runs: list[list[Sequence[int]]] = []
+    last: Sequence[int] = ()
+    for window in windows:
+        is_forward = list(window) == list(range(window[0], window[0] + len(window)))
+        if is_forward and last and runs and last[0] + 1 == window[0]:
+            runs[-1].append(window)
+        else:
+            runs.append([window])
+        last = window if is_forward else ()
+    return runs
 
 
 def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:

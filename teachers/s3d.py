@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from teachers.shared import Features, Sharing, join, through, whole
 
 NORM_EPS: Final = 1e-3
 NORM_MOMENTUM: Final = 0.001
@@ -22,7 +23,7 @@ NORM_MOMENTUM: Final = 0.001
 class S3dLevels(NamedTuple):
     """What S3D sees in a clip ``(B, 3, T, H, W)``, from the finest level to the coarsest."""
 
-    f1: Tensor
+    f1: Features
     """``(B, 64, T / 2, H / 4, W / 4)``"""
     f2: Tensor
     """``(B, 192, T / 2, H / 8, W / 8)``"""
@@ -34,7 +35,7 @@ class S3dLevels(NamedTuple):
     """``(B, 1024, T / 8, H / 32, W / 32)``"""
 
 
-class Basic3d(nn.Module):
+class Basic3d(Sharing):
     """A three-dimensional convolution, its norm and a ReLU.
 
     Args:
@@ -58,11 +59,11 @@ class Basic3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding, bias=False)
         self.bn = _norm(out_channels)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(features)))
+    def forward(self, features: Features) -> Features:
+        return _normed(self.conv, self.bn, features)
 
 
-class Sep3d(nn.Module):
+class Sep3d(Sharing):
     """A convolution of pictures and one over time, each with its norm and a ReLU.
 
     Args:
@@ -96,12 +97,12 @@ class Sep3d(nn.Module):
         )
         self.bn_t = _norm(out_channels)
 
-    def forward(self, features: Tensor) -> Tensor:
-        features = F.relu(self.bn_s(self.conv_s(features)))
-        return F.relu(self.bn_t(self.conv_t(features)))
+    def forward(self, features: Features) -> Features:
+        features = _normed(self.conv_s, self.bn_s, features)
+        return _normed(self.conv_t, self.bn_t, features)
 
 
-class Mixed(nn.Module):
+class Mixed(Sharing):
     """Four looks at the same features, laid side by side: the block of an Inception network.
 
     Args:
@@ -126,12 +127,12 @@ class Mixed(nn.Module):
         self.branch2 = _neighbourhood(in_channels, *second)
         self.branch3 = nn.Sequential(nn.MaxPool3d(3, 1, 1), Basic3d(in_channels, pooled))
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Features) -> Features:
         branches = (self.branch0, self.branch1, self.branch2, self.branch3)
-        return torch.cat([branch(features) for branch in branches], 1)
+        return join([through(branch, features) for branch in branches])
 
 
-class S3d(nn.Module):
+class S3d(Sharing):
     """The backbone.
 
     Shape:
@@ -168,13 +169,20 @@ class S3d(nn.Module):
             Mixed(832, 384, (192, 384), (48, 128), 128),  # 5c: 1024
         )
 
-    def forward(self, clip: Tensor) -> S3dLevels:
-        f1 = self.block1(clip)
-        f2 = self.block2(f1)
-        f3 = self.block3(f2)
-        f4 = self.block4(f3)
-        f5 = self.block5(f4)
-        return S3dLevels(f1, f2, f3, f4, f5)
+    def forward(self, clip: Features) -> S3dLevels:
+        f1 = through(self.block1, clip)
+        f2 = through(self.block2, f1)
+        f3 = through(self.block3, f2)
+        f4 = through(self.block4, f3)
+        f5 = through(self.block5, f4)
+        return S3dLevels(f1, whole(f2), whole(f3), whole(f4), whole(f5))
+
+
+def _normed(conv: nn.Conv3d, norm: nn.Module, features: Features) -> Features:
+    convolved = through(conv, features)
+    if isinstance(convolved, Tensor):
+        return F.relu(norm(convolved))
+    return convolved.framewise(lambda part: F.relu(norm(part)))
 
 
 def _norm(channels: int) -> nn.BatchNorm3d:

@@ -207,8 +207,8 @@ def test_recurrent_teacher_sees_every_video_from_its_beginning(
     with pytest.raises(TargetStoreError, match="if you trust it, name it with --teacher"):
         relabel_shards(str(whole), 100, labels="recurrent-hflip")
     name = settings.teacher
-    report = relabel_shards(str(whole), 100, labels="recurrent-hflip", teacher=name)
-    assert (report.shards, report.wrong) == (10, 0)
+    anew = relabel_shards(str(whole), 100, labels="recurrent-hflip", teacher=name)
+    assert (anew.shards, anew.wrong) == (10, 0)
 
 
 @pytest.mark.ray

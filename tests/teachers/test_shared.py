@@ -1,0 +1,99 @@
+"""Windows that share what they have in common give what each gives alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from teachers.hd2s import Hd2sTeacher
+from teachers.s3d import S3d
+from teachers.shared import Features, WindowRun, join, through, whole
+
+LAYERS = (
+    nn.Conv3d(3, 4, (1, 3, 3), (1, 2, 2), (0, 1, 1)),
+    nn.Conv3d(4, 4, (7, 1, 1), (2, 1, 1), (3, 0, 0)),
+    nn.ReLU(),
+    nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+    nn.Conv3d(4, 5, (3, 1, 1), 1, (1, 0, 0)),
+    nn.MaxPool3d(3, 1, 1),
+    nn.Conv3d(5, 5, 3, 1, 1),
+    nn.MaxPool3d(3, 2, 1),
+    nn.Conv3d(5, 5, (3, 1, 1), 1, (1, 0, 0)),
+)
+CLEAN = {
+    16: [range(16), range(2, 7), range(2, 7), range(2, 7), range(3, 6), None, None, None, None],
+    32: [
+        *(range(32), range(2, 15), range(2, 15), range(2, 15), range(3, 14), range(4, 13)),
+        *(range(5, 12), range(3, 6), None),
+    ],
+}
+"""Shared positions behind each layer, from the receptive fields."""
+
+
+@pytest.mark.parametrize("length", [16, 32])
+@pytest.mark.parametrize("windows", [1, 2, 7])
+@torch.inference_mode()
+def test_every_layer_gives_what_whole_windows_give(length: int, windows: int) -> None:
+    frames = torch.randn(length + windows - 1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    plain: Features = torch.stack([frames[i : i + length] for i in range(windows)]).transpose(1, 2)
+    run: Features = WindowRun.of(frames, length)
+    for layer, clean in zip(LAYERS, CLEAN[length], strict=True):
+        plain, run = through(layer, plain), through(layer, run)
+        torch.testing.assert_close(whole(run), whole(plain), rtol=1e-5, atol=1e-5)
+        assert (run.clean if isinstance(run, WindowRun) else None) == clean
+        assert run.shape == plain.shape
+
+
+@torch.inference_mode()
+def test_what_is_shared_is_computed_once() -> None:
+    frames = torch.randn(32 + 9, 3, 8, 8)
+    seen = 0
+
+    class Counting(nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            nonlocal seen
+            seen += features.shape[0] * features.shape[2]
+            return features
+
+    run = WindowRun.of(frames, 32)
+    through(Counting(), run)
+    assert seen == 41  # frames, not 10 windows of 32
+    later = through(LAYERS[1], through(LAYERS[0], run))
+    seen = 0
+    through(Counting(), later)
+    assert seen == 9 + 2 * 12 + 1 + 10 * 3  # a frame for each position, and three for each window
+
+
+def test_parts_are_joined_at_the_positions_that_all_share() -> None:
+    frames = torch.randn(20, 2, 4, 4)
+    run = WindowRun.of(frames, 16)
+    wide = run.narrow(range(1, 14))
+    joined = join([run, wide, run.narrow(range(3, 16))])
+    assert isinstance(joined, WindowRun)
+    assert joined.clean == range(3, 14)
+    torch.testing.assert_close(whole(joined), torch.cat([run.whole()] * 3, 1))
+    apart = join([run.narrow(range(0, 3)), run.narrow(range(5, 9))])
+    torch.testing.assert_close(apart, torch.cat([run.whole()] * 2, 1))
+
+
+@torch.inference_mode()
+def test_backbone_shares_to_the_numbers_of_whole_windows() -> None:
+    network = S3d().eval()
+    frames = torch.randn(20, 3, 32, 64)
+    plain = torch.stack([frames[i : i + 16] for i in range(5)]).transpose(1, 2)
+    for shared, alone in zip(network(WindowRun.of(frames, 16)), network(plain), strict=True):
+        torch.testing.assert_close(whole(shared), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_spans_are_labelled_as_without_sharing() -> None:
+    """Head frames, whose windows run backwards, and short videos among them."""
+    teacher = Hd2sTeacher(height=32, width=64)
+    frames = torch.rand(40, 3, 32, 64) * 2 - 1
+    for num_frames, span in ((40, range(12, 22)), (40, range(30, 40)), (20, range(20))):
+        teacher.shares_windows = True
+        shared = teacher.label(frames[:num_frames], first=0, span=span, num_frames=num_frames)
+        teacher.shares_windows = False
+        plain = teacher.label(frames[:num_frames], first=0, span=span, num_frames=num_frames)
+        for name, values in plain.items():
+            torch.testing.assert_close(shared[name], values, rtol=1e-4, atol=1e-4)
