@@ -11,7 +11,7 @@ import click
 
 # Ray, torch and zarr load only when a command runs, so that --help answers at once.
 
-TEACHER_NAMES = ("pqft", "hd2s", "tased", "vinet", "vinet-s", "vinet-a", "assistant")
+TEACHER_NAMES = (*("pqft", "hd2s", "tased", "vinet", "vinet-s", "vinet-a", "unisal", "assistant"),)
 VARIANT_NAMES = (
     *("tinyhd-s", "tinyhd-s-rc2", "tinyhd-s-rc4"),
     *("tinyhd-m", "tinyhd-m-rc2", "tinyhd-m-rc4"),

@@ -12,6 +12,7 @@ from teachers.base import Precision, Teacher
 from teachers.hd2s import Hd2sTeacher
 from teachers.pqft import PqftTeacher
 from teachers.tased import TasedTeacher
+from teachers.unisal import UnisalTeacher
 from teachers.vinet import VinetTeacher
 from teachers.vinet_s import VinetATeacher, VinetSTeacher
 
@@ -22,6 +23,7 @@ TEACHERS: Final[dict[str, Callable[..., Teacher]]] = {
     "vinet": VinetTeacher,
     "vinet-s": VinetSTeacher,
     "vinet-a": VinetATeacher,
+    "unisal": UnisalTeacher,
     "assistant": AssistantTeacher,
 }
 """Factories, called with ``device``, ``precision`` and, where they are given, ``height`` and
