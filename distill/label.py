@@ -208,7 +208,7 @@ def _label_shard(
         except torch.OutOfMemoryError as error:
             if batch == 1 or teacher.is_recurrent:  # whose state is that of the batch
                 raise TeacherMemoryError(
-                    f"{batch} windows of {teacher.spec.name} do not fit into the memory of "
+                    f"a batch of {batch} of {teacher.spec.name} does not fit into the memory of "
                     f"{teacher.device}; use a smaller --batch or --size, or another device"
                 ) from error
             if done:

@@ -226,7 +226,7 @@ def test_batch_that_does_not_fit_is_halved_from_the_start_of_its_shard(
 @pytest.mark.ray
 def test_teacher_too_large_for_one_window_ends_the_run(stage: Stage, local_ray: None) -> None:
     stage.act({"do": "want memory", "windows": 0})
-    with pytest.raises(WorkerError, match="one window of fake does not fit into the memory of cpu"):
+    with pytest.raises(WorkerError, match="a batch of 1 of fake does not fit into the memory of cpu"):
         stage.run()
 
 
