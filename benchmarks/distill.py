@@ -31,6 +31,7 @@ import torch
 
 from distill.events import Labelled, ShardDone, WorkerEvent
 from distill.executors import RayExecutor, start_ray
+from distill.failures import FailureList
 from distill.plan import Found, Target, Task, plan_tasks
 from distill.run import DistillReport, label_videos, run_tasks
 from distill.settings import DistillSettings
@@ -268,7 +269,7 @@ class SimulatedWorker:
         """Be ready."""
         return WorkerInfo(f"simulated:{os.getpid()}", "nowhere", os.getpid())
 
-    def run(self, task: Task) -> Iterator[tuple[WorkerEvent, ...]]:
+    def run(self, task: Task, number: int) -> Iterator[tuple[WorkerEvent, ...]]:
         """Say that all units of a task are done."""
         digests = tuple(os.urandom(32) for _ in range(4))
         yield tuple(
@@ -280,7 +281,11 @@ class SimulatedWorker:
             )
         )
 
-    def give_up(self, number: int) -> tuple[()]:
+    def signs_of_life(self) -> int:
+        """Live."""
+        return 0
+
+    def give_up(self, count: int, number: int) -> tuple[()]:
         """Give up nothing."""
         return ()
 
@@ -316,7 +321,7 @@ def _time_driver(options: argparse.Namespace, folder: Path) -> None:
         with executor:  # Ray's start is not the driver's
             inner = RayExecutor(worker, actors=2, worker=SimulatedWorker)
             began, cpu = time.perf_counter(), time.process_time()
-            run_tasks(store, tasks, inner, {labels.key: labels}, report, settings)
+            run_tasks(store, tasks, inner, {labels.key: labels}, report, settings, FailureList())
             wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     assert len(TargetStore.open(store.url).label_set().receipts) == report.shards
     print(

@@ -63,6 +63,8 @@ class Stumble:
     may be at fault. ``run``: every other task would fail, too."""
     is_final: bool = False
     """Whether trying again would end the same way."""
+    shard: int | None = None
+    """Of the unit at fault, if it is known."""
 
 
 @dataclass(frozen=True)

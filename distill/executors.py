@@ -35,7 +35,11 @@ from stores.schema import LabelRequest
 log = logging.getLogger(__name__)
 
 TRIES: Final = 3
+FAILED_IN_A_ROW: Final = 8
+"""Units that fail, with nothing done in between, after which all are taken to."""
 POLL_SECONDS: Final = 0.5
+START_SECONDS: Final = 600.0
+"""For a worker of this machine to load its teacher, at least."""
 WAIT_SECONDS: Final = 60.0
 """Between two remarks that Ray does not start a worker."""
 REACH_SECONDS: Final = 10.0
@@ -95,6 +99,8 @@ class Executor(ABC):
         self._waiting: deque[Task] = deque()
         self._tries: dict[tuple[int, int], int] = {}  # of a unit, by first frame and shard
         self._store_tries = 0  # in a row
+        self._failed_in_a_row = 0  # units, with nothing done in between
+        self._avoided: dict[tuple[int, int], set[str]] = {}  # workers that could not do a task
         self._is_draining = False
 
     def __enter__(self) -> Self:
@@ -119,41 +125,68 @@ class Executor(ABC):
     def _take_note(self, attempt: _Attempt, event: WorkerEvent) -> None:
         attempt.note(event)
         if isinstance(event, ShardDone):
-            self._store_tries = 0  # it can be written
+            self._store_tries = self._failed_in_a_row = 0
 
-    def _recover(self, attempt: _Attempt, stumble: Stumble) -> Iterator[Retry | Failure | Labelled]:
-        """Put what is left of an attempt back, or give it up."""
+    def _recover(
+        self, attempt: _Attempt, stumble: Stumble, worker: str = ""
+    ) -> Iterator[Retry | Failure | Labelled]:
+        """Put what is left of an attempt back, or give it up.
+
+        Raises:
+            WorkerError: If every other task would fail, too.
+        """
         if attempt.labelled:
             yield Labelled(-attempt.labelled)
-        task, left = attempt.task, attempt.left
         if stumble.blame == "run":
             self._store_tries += 1
             if stumble.is_final or self._store_tries >= TRIES:
                 raise WorkerError(stumble.reason)
-        if not left:
+        if not attempt.left:
             return
         if stumble.blame == "video":
-            yield failure_of(task, tuple(left), stumble, 1)
-            return
-        suspects = [unit for unit in left if unit.shard in attempt.begun] or left[:1]
+            yield from self._blame_video(attempt, stumble, worker)
+        else:
+            yield from self._blame_units(attempt, stumble)
+
+    def _blame_video(
+        self, attempt: _Attempt, stumble: Stumble, worker: str
+    ) -> Iterator[Retry | Failure]:
+        """Let another worker try what is left: it may be able to read what this one cannot."""
+        task, left = attempt.task, attempt.left
+        name = (task.video.first, left[0].shard)
+        tries = self._tries[name] = self._tries.get(name, 0) + 1
+        if stumble.is_final or tries >= TRIES:
+            yield failure_of(task, tuple(left), stumble, tries)
+        elif not self._is_draining:
+            self._avoided.setdefault(name, set()).add(worker)
+            self._waiting.append(task.with_units(left))
+            yield Retry(task.video.id, tries, stumble.reason)
+
+    def _blame_units(self, attempt: _Attempt, stumble: Stumble) -> Iterator[Retry | Failure]:
+        """Try units that may be at fault one by one, and the others together."""
+        task, left = attempt.task, attempt.left
+        suspects = [unit for unit in left if unit.shard == stumble.shard]
+        suspects = suspects or [unit for unit in left if unit.shard in attempt.begun] or left[:1]
         rest = [unit for unit in left if unit not in suspects]
         if rest and not self._is_draining:
             self._waiting.append(task.with_units(rest))
-        if stumble.is_final:  # it was raised by the last one that was begun
-            suspects, others = suspects[-1:], suspects[:-1]
-            if others and not self._is_draining:
-                self._waiting.appendleft(task.with_units(others))
         most = 0
         for unit in suspects:
             name = (task.video.first, unit.shard)
             tries = self._tries[name] = self._tries.get(name, 0) + 1
             if stumble.is_final or tries >= TRIES:
                 yield failure_of(task, (unit,), stumble, tries)
+                self._failed_in_a_row += 1
             elif not self._is_draining:
                 self._waiting.appendleft(task.with_units([unit]))
                 most = max(most, tries)
         if most:
             yield Retry(task.video.id, most, stumble.reason)
+        if self._failed_in_a_row >= FAILED_IN_A_ROW:
+            raise WorkerError(
+                f"{self._failed_in_a_row} units failed one after the other, at last: "
+                f"{stumble.reason}; it may be the teacher"
+            )
 
 
 class InlineExecutor(Executor):
@@ -170,7 +203,7 @@ class InlineExecutor(Executor):
             self._worker = LabelWorker(self._settings)
             self._worker.start()  # sets its own number of threads
             while self._waiting:
-                attempt = _Attempt(self._waiting.popleft())
+                attempt = _Attempt(self._waiting.popleft().ready())
                 for events in self._worker.run(attempt.task):
                     for event in events:
                         self._take_note(attempt, event)
@@ -197,7 +230,11 @@ class _Actor:
         self.info: WorkerInfo | None = None
         self.attempt: _Attempt | None = None
         self.events: Any = None  # the stream of the attempt
+        self.number = 0  # of its task
         self.giving: Any = None  # the answer to come of give_up
+        self.living: Any = None  # the answer to come of signs_of_life
+        self.signs_of_life = -1
+        self.started_at = time.monotonic()
         self.has_nothing_to_give = 0  # units that were left when it last said so
         self.heard_at = time.monotonic()
 
@@ -208,7 +245,8 @@ class _Actor:
     @property
     def awaited(self) -> list[Any]:
         """What Ray is to be asked about."""
-        return [ref for ref in (self.starting, self.events, self.giving) if ref is not None]
+        refs = (self.starting, self.events, self.giving, self.living)
+        return [ref for ref in refs if ref is not None]
 
 
 class RayExecutor(Executor):
@@ -281,44 +319,66 @@ class RayExecutor(Executor):
                 if awaited[ref] in self._crew:
                     yield from self._hear(awaited[ref], ref)
             for actor in list(self._crew):
-                silence = time.monotonic() - actor.heard_at
-                if actor.attempt is not None and silence > self._hang_seconds:
-                    reason = (
-                        f"nothing was done for {self._hang_seconds:g} s and the worker was "
-                        "stopped; does the decoder or the teacher hang?"
-                    )
-                    yield from self._replace(actor, Stumble(reason, "", "unit"))
+                yield from self._watch(actor)
             yield None
 
-    def drain(self) -> None:
-        super().drain()
-        for actor in self._crew:
-            if actor.attempt is not None:
-                actor.handle.give_up.remote(ALL)
+    def _watch(self, actor: _Actor) -> Iterator[Event]:
+        """Look whether an actor lives; one that does nothing for too long is killed."""
+        silence = time.monotonic() - actor.heard_at
+        if actor.info is None:
+            # On a cluster there may be no place for it yet.
+            waited = time.monotonic() - actor.started_at
+            if self._address is None and waited > max(START_SECONDS, self._hang_seconds):
+                error = WorkerError(f"it did nothing for {waited:.0f} s")
+                yield from self._start_again(actor, error)
+        elif actor.attempt is not None and silence > self._hang_seconds:
+            reason = (
+                f"nothing was done for {self._hang_seconds:g} s and the worker was "
+                "stopped; does the decoder or the teacher hang?"
+            )
+            yield from self._replace(actor, Stumble(reason, "", "unit"))
+        elif actor.attempt is not None and silence > self._hang_seconds / 4 and not actor.living:
+            # It may be passing frames, or reading a large file.
+            actor.living = actor.handle.signs_of_life.remote()
 
     def _hand_out(self) -> None:
+        ready = {actor.info.name for actor in self._crew if actor.info is not None}
         for actor in self._crew:
-            if not self._waiting:
-                return
-            if actor.is_idle:
-                task = self._waiting.popleft()
-                actor.attempt, actor.heard_at = _Attempt(task), time.monotonic()
+            if actor.is_idle and (task := self._next_task(actor, ready)) is not None:
+                actor.attempt, actor.heard_at = _Attempt(task.ready()), time.monotonic()
+                actor.number += 1
+                actor.signs_of_life = -1
                 run = actor.handle.run.options(num_returns="streaming")
-                actor.events = run.remote(task)
+                actor.events = run.remote(actor.attempt.task, actor.number)
+
+    def _next_task(self, actor: _Actor, ready: set[str]) -> Task | None:
+        """Return the first task that this actor has not failed at, if another one can do that."""
+        for place, task in enumerate(self._waiting):
+            avoided = self._avoided.get((task.video.first, task.units[0].shard), set())
+            name = actor.info.name if actor.info is not None else ""
+            if name not in avoided or ready <= avoided:
+                del self._waiting[place]
+                return task
+        return None
 
     def _share(self) -> None:
         """Ask a busy worker for units that it has not begun, if another one has nothing to do."""
-        if self._waiting or self._is_draining or not self._settings.shares:
-            return
-        if not any(actor.is_idle for actor in self._crew):
-            return
         busy = [actor for actor in self._crew if actor.attempt is not None]
-        if not busy or any(actor.giving is not None for actor in busy):
+        if self._is_draining:  # asked again and again, as a call may overtake the task
+            for actor in busy:
+                if actor.giving is None:
+                    actor.giving = actor.handle.give_up.remote(ALL, actor.number)
+            return
+        is_wanted = not self._waiting and any(actor.is_idle for actor in self._crew)
+        if not is_wanted or not self._settings.shares:
+            return
+        if any(actor.giving is not None for actor in busy):
             return
         left = {actor: len(actor.attempt.left) for actor in busy if actor.attempt is not None}
-        actor = max(left, key=lambda actor: left[actor])
-        if left[actor] > 1 and left[actor] != actor.has_nothing_to_give:
-            actor.giving = actor.handle.give_up.remote(left[actor] // 2)
+        left = {actor: n for actor, n in left.items() if n > 1 and n != actor.has_nothing_to_give}
+        if left:
+            actor = max(left, key=lambda actor: left[actor])
+            actor.giving = actor.handle.give_up.remote(left[actor] // 2, actor.number)
 
     def _look_for_workers(self) -> None:
         """Say so if Ray starts no worker.
@@ -348,6 +408,11 @@ class RayExecutor(Executor):
             elif ref is actor.giving:
                 actor.giving = None
                 self._take_over(actor, ray.get(ref))
+            elif ref is actor.living:
+                actor.living = None
+                signs = int(ray.get(ref))
+                if signs != actor.signs_of_life:
+                    actor.signs_of_life, actor.heard_at = signs, time.monotonic()
             elif ref is actor.events:
                 events = ray.get(next(ref))
                 actor.heard_at = time.monotonic()
@@ -378,7 +443,8 @@ class RayExecutor(Executor):
                 yield from self._replace(actor, event)  # who knows what state it is in
             else:
                 actor.attempt = None
-                yield from self._recover(attempt, event)
+                name = actor.info.name if actor.info is not None else ""
+                yield from self._recover(attempt, event, name)
 
     def _take_over(self, actor: _Actor, units: Sequence[Unit]) -> None:
         attempt = actor.attempt
@@ -390,7 +456,8 @@ class RayExecutor(Executor):
         given = {unit.shard for unit in units}
         task = attempt.task
         attempt.task = task.with_units(u for u in task.units if u.shard not in given)
-        self._waiting.append(task.with_units(units))
+        if not self._is_draining:
+            self._waiting.append(task.with_units(units))
 
     def _replace(self, actor: _Actor, stumble: Stumble) -> Iterator[Event]:
         """End an actor, and only then put its work back."""

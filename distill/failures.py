@@ -28,7 +28,14 @@ class FailureList:
     """
 
     def __init__(self, entries: Iterable[Failure] = ()) -> None:
-        self.entries = list(entries)
+        self._entries = {_is_about(entry): entry for entry in entries}
+        self.is_changed = False
+        """Whether it is not what was last saved."""
+
+    @property
+    def entries(self) -> list[Failure]:
+        """All entries, the oldest first."""
+        return list(self._entries.values())
 
     @classmethod
     def load(cls, place: Place) -> FailureList:
@@ -49,12 +56,12 @@ class FailureList:
         """
         entries = [asdict(failure) for failure in self.entries]
         place.write(KEY, (json.dumps(entries, indent=1) + "\n").encode())
+        self.is_changed = False
 
     def add(self, failure: Failure) -> None:
         """Add an entry; it replaces one about the same."""
-        same = [entry for entry in self.entries if _is_about(entry) == _is_about(failure)]
-        self.entries = [entry for entry in self.entries if entry not in same]
-        self.entries.append(failure)
+        self._entries[_is_about(failure)] = failure
+        self.is_changed = True
 
     def failed_files(self) -> dict[str, Failure]:
         """Return the entries about files that could not be opened, by path."""
@@ -89,12 +96,13 @@ class FailureList:
             )
             if left or not entry.shards:
                 kept.append(replace(entry, shards=left))
-        self.entries = kept
+        self._entries = {_is_about(entry): entry for entry in kept}
 
     def forget_files(self, paths: Iterable[str]) -> None:
         """Take files off the list that can be opened now."""
         opened = set(paths)
-        self.entries = [entry for entry in self.entries if entry.file not in opened]
+        kept = [entry for entry in self.entries if entry.file not in opened]
+        self._entries = {_is_about(entry): entry for entry in kept}
 
 
 def _is_about(failure: Failure) -> tuple[str, str, tuple[int, ...], tuple[str, ...]]:

@@ -25,7 +25,7 @@ from distill.label import (
 )
 from distill.plan import Budget, Target, Task, Unit, plan_tasks
 from distill.settings import DistillSettings
-from distill.survey import Survey, survey_videos, targets_of
+from distill.survey import Survey, refusal, survey_videos, targets_of
 from stores.codec import logit_error_bound
 from stores.errors import VideoError
 from stores.maps import render_maps
@@ -56,7 +56,8 @@ class Price:
 
     what: str
     windows: int
-    frames: int
+    kept_frames: int
+    """Frames that are kept themselves."""
     shards: int
     files: int
     videos: int
@@ -86,8 +87,9 @@ class Calibration:
     seconds: float
     teacher_seconds: float
     waited_seconds: float
-    bytes_per_frame: float
-    """Of all label sets and the frame set together."""
+    bytes_per_window: float
+    """Of a frame's maps in a label set."""
+    bytes_per_kept_frame: float
     drift: Drift | None = None
 
     @property
@@ -115,7 +117,7 @@ class Forecast:
         lines = [
             ", ".join(self.label_sets),
             f"  {len(survey.records)} videos with {frames} frames, {survey.duplicates} of them "
-            f"copies of others, {len(survey.failures)} files that cannot be decoded",
+            f"copies of others, {len(survey.failures)} that cannot be labelled",
             f"  to do: {price.videos} videos, {price.windows} windows, {price.shards} shards, "
             f"{price.files} files",
         ]
@@ -123,6 +125,7 @@ class Forecast:
             shown = ", ".join(f"{name} ({frames})" for name, frames in self.videos[:SHOWN_VIDEOS])
             more = len(self.videos) - SHOWN_VIDEOS
             lines.append(f"  windows of each: {shown}" + (f" and {more} more" if more > 0 else ""))
+        lines += [f"  {item.video}: {item.reason}" for item in survey.failures[:SHOWN_VIDEOS]]
         if self.passed_over:
             lines.append(
                 f"  {len(self.passed_over)} failures of earlier runs are left out; --retry-failed "
@@ -139,7 +142,10 @@ class Forecast:
             duration = size = "-"
             if self.calibration is not None:
                 duration = _duration(price.windows / self.calibration.windows_per_second)
-                size = format_bytes(price.frames * self.calibration.bytes_per_frame)
+                size = format_bytes(
+                    price.windows * self.calibration.bytes_per_window
+                    + price.kept_frames * self.calibration.bytes_per_kept_frame
+                )
             numbers = (price.windows, price.shards, price.files)
             rows.append((price.what, *(f"{number}" for number in numbers), duration, size))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -212,6 +218,9 @@ def forecast_run(
     survey = survey_videos(find_videos(paths, lists), known, requests, failed, settings)
     if not survey.records:
         raise VideoError([*survey.failures, *survey.passed_over][0].reason)
+    refused = {record.id: refusal(record, known, settings) for record in survey.records}
+    survey.failures += [Failure(name, reason) for name, reason in refused.items() if reason]
+    survey.records = [record for record in survey.records if not refused[record.id]]
     rows = _rows(survey.records, known)
     passed: dict[int, Failure] = {}
 
@@ -248,7 +257,7 @@ def forecast_run(
         if settings.budget is None or number != settings.budget.blocks:
             planned = plan_tasks(rows, targets, budget=Budget(number, seed))
             result.budgets.append(_price(_blocks(number), planned, blocks))
-    if calibrate:
+    if calibrate and survey.records:
         result.calibration = _calibrate(survey, settings)
     return result
 
@@ -275,7 +284,11 @@ def _price(what: str, tasks: Sequence[Task], requests: Sequence[Request]) -> Pri
     return Price(
         what=what,
         windows=sum(task.num_windows for task in tasks),
-        frames=sum(len(task.span(unit)) for task in tasks for unit in task.units),
+        kept_frames=sum(
+            len(task.span(unit)) * (len(unit.sets) - unit.num_label_sets)
+            for task in tasks
+            for unit in task.units
+        ),
         shards=len(keys),
         files=sum(arrays[key] for key in keys),
         videos=len({task.video.first for task in tasks}),
@@ -331,15 +344,20 @@ def _measure(
     store.add_videos(records)
     sets = {request.key: store.ensure_set(request, {}) for request in requests}
     targets = [Target.of(shard_set) for shard_set in sets.values()]
-    tasks = plan_tasks(store.videos, targets, found=survey.found, is_recurrent=teacher.is_recurrent)
+    planned = plan_tasks(
+        store.videos, targets, found=survey.found, is_recurrent=teacher.is_recurrent
+    )
+    # One stretch of each video: what is measured must not grow with their length.
+    tasks = list({task.video.first: task for task in reversed(planned)}.values())
     batch = settings.batch or teacher.spec.batch
     times = Times()
-    windows = shards = 0
+    windows = 0
+    frames = dict.fromkeys(sets, 0)
     began, cpu_began = time.monotonic(), time.process_time()
     for number, task in enumerate(tasks, 1):
         until = _Until(began + CALIBRATION_SECONDS * number / len(tasks))
         for event in label_video(
-            task,
+            task.ready(),
             teacher=teacher,
             sets=sets,
             reader=settings.reader,
@@ -350,11 +368,14 @@ def _measure(
             if isinstance(event, Labelled):
                 windows += event.num_frames
             elif isinstance(event, ShardDone):
-                shards += event.num_frames
+                frames[event.set] += event.num_frames
     seconds = time.monotonic() - began
     if settings.device == "cpu":  # decoding had a core to itself, which it has not beside others
         seconds = max(seconds, (time.process_time() - cpu_began) / settings.cpus_per_actor)
-    size = sum(num for key in sets for name, num in store.place.walk(key) if "/c." in name)
+    bytes_of = {"labels": 0.0, "frames": 0.0}
+    for key, number in frames.items():
+        size = sum(num for name, num in store.place.walk(key) if "/c." in name)
+        bytes_of[key.partition("/")[0]] += size / max(1, number)
     return Calibration(
         device=settings.device,
         threads=settings.cpus_per_actor,
@@ -363,7 +384,8 @@ def _measure(
         seconds=seconds,
         teacher_seconds=times.teacher_seconds,
         waited_seconds=times.waited_seconds,
-        bytes_per_frame=size / max(1.0, shards / len(sets)),
+        bytes_per_window=bytes_of["labels"] / len(settings.variants),
+        bytes_per_kept_frame=bytes_of["frames"],
     )
 
 
@@ -420,5 +442,6 @@ def _label_head(
     )
     context = teacher.context_of(span, video.frames)
     views = {"": view_for(teacher, settings.variants[0])}
+    teacher.reset()
     buffer = FrameBuffer(decode_views(video, [context], views, reader=settings.reader), Times())
     yield from label_span(buffer, "", span, teacher, num_frames=video.frames, batch=len(span))

@@ -19,7 +19,7 @@ from distill.events import Begun, Labelled, ShardDone
 from distill.plan import Task, Unit
 from stores.ahead import read_ahead
 from stores.decode import Frame, FrameIndex, Reader, decode_spans
-from stores.errors import TinyHDError, VideoError
+from stores.errors import TinyHDError, VideoChangedError
 from stores.frames import resize_frames
 from stores.schema import Variant
 from stores.shards import FrameSet, LabelSet, ShardSet
@@ -47,6 +47,12 @@ class Times:
 
     teacher_seconds: float = 0.0
     waited_seconds: float = 0.0
+    signs_of_life: int = 0
+    """Frames that were decoded, pieces of files that were read, batches that were labelled."""
+
+    def live(self) -> None:
+        """Give a sign of life."""
+        self.signs_of_life += 1
 
 
 class FrameBuffer:
@@ -117,12 +123,17 @@ def label_video(
             teacher, not a whole batch.
     """
     video, times = task.video, times or Times()
-    check_unchanged(video, task.stamp)
+    check_unchanged(video, task.stamp, times.live)
     sets = {key: sets[key] for key in task.sets}
     steps = _steps(task, sets, teacher)
     contexts = [_context(task, span, unit, sets, teacher) for span, unit in steps]
     decoded = decode_views(
-        video, _join(contexts), _viewers(sets, teacher), reader=reader, index=task.index
+        video,
+        _join(contexts),
+        _viewers(sets, teacher),
+        reader=reader,
+        index=task.index,
+        on_frame=times.live,
     )
     teacher.reset()
     with (
@@ -133,9 +144,14 @@ def label_video(
         writing: deque[Future[ShardDone]] = deque()
 
         def write(unit: Unit, key: str, data: dict[str, Any], fewer: int) -> ShardDone:
-            receipt = sets[key].write_shard(unit.shard, data, video)
+            try:
+                receipt = sets[key].write_shard(unit.shard, data, video)
+            except Exception as error:
+                blame(error, unit.shard)
+                raise
             return ShardDone(video.id, key, receipt, len(task.span(unit)), fewer)
 
+        at = task.units[0].shard
         try:
             for (span, unit), context in zip(steps, contexts, strict=True):
                 buffer.forget_before(context.start)
@@ -145,7 +161,8 @@ def label_video(
                     continue
                 if not claim(unit):
                     break
-                yield Begun(unit.shard)
+                at = unit.shard
+                yield Begun(at)
                 for key in unit.sets:
                     data: dict[str, npt.NDArray[Any]]
                     shard_set, used = sets[key], batch
@@ -159,10 +176,11 @@ def label_video(
                     writing.append(writer.submit(write, unit, key, data, fewer))
                     while writing and (writing[0].done() or len(writing) > SHARDS_BEING_WRITTEN):
                         yield writing.popleft().result()
-        except Exception:
+        except Exception as error:
             for future in writing:  # the shards before are not at fault, and count
                 if future.exception() is None:
                     yield future.result()
+            blame(error, at)
             raise
         for future in writing:
             yield future.result()
@@ -215,9 +233,17 @@ def _label_shard(
                 yield Labelled(-done)
             batch //= 2
             log.warning("out of memory on %s: trying %d windows at once", teacher.device, batch)
-            torch.cuda.empty_cache()
-            continue
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, batch
+        else:
+            break
+        parts.clear()
+        torch.cuda.empty_cache()  # only now, as the error held what the batch had taken
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, batch
+
+
+def blame(error: Exception, shard: int) -> None:
+    """Note the shard at which an error arose, if none is noted yet."""
+    if not hasattr(error, "at_shard"):
+        error.at_shard = shard  # type: ignore[attr-defined]
 
 
 def label_span(
@@ -241,6 +267,7 @@ def label_span(
         planes = {name: values.cpu().numpy() for name, values in labelled.items()}
         if times is not None:
             times.teacher_seconds += time.monotonic() - began
+            times.live()
         yield planes
 
 
@@ -251,10 +278,13 @@ def decode_views(
     *,
     reader: Reader,
     index: FrameIndex | None = None,
+    on_frame: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, Views]]:
     """Yield frames of some spans of a video, each decoded once and seen by every viewer."""
     size = (video.height, video.width)
-    for number, frame in decode_spans(video.absolute, spans, size=size, index=index, reader=reader):
+    for number, frame in decode_spans(
+        video.absolute, spans, size=size, index=index, reader=reader, on_frame=on_frame
+    ):
         yield number, {key: view(frame) for key, view in viewers.items()}
 
 
@@ -267,18 +297,21 @@ def view_for(teacher: Teacher, variant: Variant) -> Callable[[Frame], Frame]:
     return mirrored if variant == "hflip" else teacher.resize
 
 
-def check_unchanged(video: VideoRow, stamp: FileStamp | None) -> None:
+def check_unchanged(
+    video: VideoRow, stamp: FileStamp | None, on_chunk: Callable[[], None] = lambda: None
+) -> None:
     """Make sure that a file is the video that was planned with.
 
     A file of the same size and time of modification is taken to be; another one is read.
 
     Raises:
-        VideoError: If it is not.
+        VideoChangedError: If it is not.
+        VideoError: If it cannot be read.
     """
     if stamp is not None and FileStamp.of(video.absolute) == stamp:
         return
-    if hash_file(video.absolute) != video.content_hash:
-        raise VideoError(f"{video.absolute} has changed since it was probed; start again")
+    if hash_file(video.absolute, on_chunk) != video.content_hash:
+        raise VideoChangedError(f"{video.absolute} has changed since it was probed; start again")
 
 
 def _viewers(sets: Mapping[str, ShardSet], teacher: Teacher) -> dict[str, Callable[[Frame], Frame]]:

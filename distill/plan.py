@@ -46,12 +46,26 @@ class Task:
     units: tuple[Unit, ...]
     stamp: FileStamp | None = None
     """Of the file when it was probed."""
+    packed: bytes | None = None
+    """Where the video's frames lie, packed; see :meth:`ready`."""
     index: FrameIndex | None = None
     """By which decoding begins near the units; without it, at the video's beginning."""
 
     def with_units(self, units: Iterable[Unit]) -> Task:
         """Return the task with other units, which are among its own."""
-        return Task(self.video, self.grid, tuple(units), self.stamp, self.index)
+        return replace(self, units=tuple(units))
+
+    def ready(self) -> Task:
+        """Return the task as a worker needs it: with where the frames around its units lie."""
+        if self.packed is None:
+            return self
+        spans = [self.span(unit) for unit in self.units]
+        around = range(
+            max(0, spans[0].start - MARGIN_FRAMES),
+            min(self.video.frames, spans[-1].stop + MARGIN_FRAMES),
+        )
+        index = FrameIndex.unpack(self.packed, self.video.frames).part(around)
+        return replace(self, packed=None, index=index)
 
     def span(self, unit: Unit) -> range:
         """Return the frames that a unit is about."""
@@ -191,15 +205,9 @@ def _stretches(task: Task, found: Found | None) -> list[Task]:
     first, last = task.span(task.units[0]), task.span(task.units[-1])
     if found.packed is None or (not first.start and last.stop <= WHOLE_FRAMES):
         return [task]
-    index = FrameIndex.unpack(found.packed, task.video.frames)
+    task = replace(task, packed=found.packed)
     at_most = max(1, STRETCH_FRAMES // task.grid.shard_frames)
-    stretches = []
-    for begin in range(0, len(task.units), at_most):
-        stretch = task.with_units(task.units[begin : begin + at_most])
-        spans = [stretch.span(unit) for unit in stretch.units]
-        around = range(
-            max(0, spans[0].start - MARGIN_FRAMES),
-            min(task.video.frames, spans[-1].stop + MARGIN_FRAMES),
-        )
-        stretches.append(replace(stretch, index=index.part(around)))
-    return stretches
+    return [
+        task.with_units(task.units[begin : begin + at_most])
+        for begin in range(0, len(task.units), at_most)
+    ]

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
+from typing import Final
 
 from distill.events import Failure, Retry, ShardDone
 from distill.executors import Executor, InlineExecutor, RayExecutor
@@ -18,9 +19,9 @@ from distill.failures import FailureList
 from distill.plan import Target, Task, plan_tasks, wanted_shards
 from distill.settings import DistillSettings
 from distill.status import RunStatus
-from distill.survey import Survey, is_complete, survey_videos
+from distill.survey import Survey, is_complete, refusal, survey_videos
 from distill.worker import WorkerSettings
-from stores.errors import VideoChangedError, VideoError
+from stores.errors import VideoError
 from stores.schema import LabelRequest, environment
 from stores.shards import Committer, Request, ShardSet
 from stores.table import VideoRow
@@ -29,6 +30,9 @@ from stores.videos import VideoFile, find_videos
 from teachers.base import Teacher
 
 log = logging.getLogger(__name__)
+
+SAVE_SECONDS: Final = 5.0
+"""Between two writes of the failure list."""
 
 
 @dataclass
@@ -102,6 +106,7 @@ def label_videos(
         raise VideoError(failures[0].reason + more)
     target = TargetStore.open_or_create(store)
     with target.writer() as token:
+        failed = FailureList.load(target.place)  # another driver may have been faster
         return _label(target, token, files, survey, failed, teacher, requests, settings)
 
 
@@ -159,13 +164,14 @@ def _label(
                 threads=settings.cpus_per_actor,
                 shares=not teacher.is_recurrent,
             )
-            run_tasks(store, tasks, _executor(worker, settings), sets, report, settings)
+            run_tasks(store, tasks, _executor(worker, settings), sets, report, settings, failed)
     finally:
         report.seconds = time.monotonic() - began
         if report.retries:
             store.place.remove_leftovers()  # of workers that died; none is left
         _update(failed, files, videos, targets, survey, report)
         if failed.entries or had_failures:
+            store.check_driver()
             failed.save(store.place)
         store.log_run(
             event="end",
@@ -184,21 +190,8 @@ def _add_records(
     """Add the videos to the store's table, all but those that are not what the store knows."""
     fitting = []
     for record in survey.records:
-        known = store.find_video(record.id)
-        is_changed = known is not None and known.content_hash != record.content_hash
-        same = store.find_content(record.content_hash)
-        if is_changed and not settings.replace_changed:
-            what = (
-                f"{record.absolute} has other content than the {record.id!r} in {store.url}; "
-                "give it another name, or label it anew with --replace-changed"
-            )
-            _fail(Failure(record.id, str(VideoChangedError(what))), report, store)
-        elif same is not None and same.frames != record.frames:
-            what = (
-                f"{record.absolute} has {record.frames} frames here, and {same.frames} in "
-                f"{store.url}: another decoder; use the same --reader for all runs"
-            )
-            _fail(Failure(record.id, what), report, store)
+        if reason := refusal(record, store, settings):
+            _fail(Failure(record.id, reason), report, store)
         else:
             fitting.append(record)
     store.add_videos(fitting, replace_changed=settings.replace_changed)
@@ -244,6 +237,7 @@ def run_tasks(
     sets: dict[str, ShardSet],
     report: DistillReport,
     settings: DistillSettings,
+    failed: FailureList,
 ) -> None:
     """Do tasks, commit what comes, and put it in the report.
 
@@ -255,11 +249,13 @@ def run_tasks(
     committers = {key: Committer(shard_set) for key, shard_set in sets.items()}
     label = f"labelling with {settings.teacher}"
     with (
+        _interruptions() as interrupted,
         executor,
         RunStatus(store, tasks, label=label, device=settings.device) as status,
-        _interruptions() as interrupted,
+        _interruptions(interrupted),  # again, as Ray has put its own handler in their place
     ):
         is_draining = False
+        saved_at = time.monotonic()
         try:
             # Closed here: an exception's traceback would keep the workers for as long as it lives.
             with closing(executor.run(tasks)) as events:
@@ -279,6 +275,10 @@ def run_tasks(
                         log.warning("%s: try %d failed: %s", event.video, event.tries, event.reason)
                     elif isinstance(event, Failure):
                         _fail(event, report, store)
+                        failed.add(event)
+                    if failed.is_changed and time.monotonic() - saved_at > SAVE_SECONDS:
+                        failed.save(store.place)
+                        saved_at = time.monotonic()
                     for committer in committers.values():
                         committer.commit_if_due()
                     if event is not None:
@@ -329,9 +329,9 @@ def _update(
 
 
 @contextmanager
-def _interruptions() -> Iterator[threading.Event]:
+def _interruptions(event: threading.Event | None = None) -> Iterator[threading.Event]:
     """Catch the first SIGINT or SIGTERM, so that what is begun can be finished; not the second."""
-    is_interrupted = threading.Event()
+    is_interrupted = event or threading.Event()
 
     def catch(number: int, frame: FrameType | None) -> None:
         if is_interrupted.is_set():

@@ -35,6 +35,7 @@ class RunStatus:
         for task in tasks:
             self._left[task.video.id] += sum(len(unit.sets) for unit in task.units)
         self._videos = len(self._left)
+        self._videos_done = 0
         self._total = sum(task.num_windows for task in tasks)
         self._frames = self._shards = self._failures = self._retries = 0
         self._workers: dict[str, Usage] = {}
@@ -63,6 +64,7 @@ class RunStatus:
         elif isinstance(event, ShardDone):
             self._shards += 1
             self._left[event.video] -= 1
+            self._videos_done += self._left[event.video] == 0
             if event.batch:
                 self._store.log_run(
                     event="smaller batch", video=event.video, set=event.set,
@@ -82,10 +84,6 @@ class RunStatus:
         """Log how far the run is, now and then."""
         if time.monotonic() - self._logged_at >= LOG_SECONDS:
             self._log("progress")
-
-    @property
-    def _videos_done(self) -> int:
-        return sum(left <= 0 for left in self._left.values())
 
     def _note(self) -> str:
         parts = [f"{self._videos_done}/{self._videos} videos", f"{self._shards} shards"]

@@ -92,6 +92,27 @@ def survey_videos(
     return survey
 
 
+def refusal(record: VideoRecord, store: TargetStore | None, settings: DistillSettings) -> str:
+    """Return why a video cannot be labelled into a store, or nothing."""
+    if store is None:
+        return ""
+    known = store.find_video(record.id)
+    if known is not None and known.content_hash != record.content_hash:
+        if settings.replace_changed:
+            return ""
+        return (
+            f"{record.absolute} has other content than the {record.id!r} in {store.url}; give it "
+            "another name, or label it anew with --replace-changed"
+        )
+    same = store.find_content(record.content_hash)
+    if same is not None and same.frames != record.frames:
+        return (
+            f"{record.absolute} has {record.frames} frames here, and {same.frames} in {store.url}: "
+            "another decoder; use the same --reader for all runs"
+        )
+    return ""
+
+
 def targets_of(store: TargetStore | None, requests: Sequence[Request]) -> list[Target]:
     """Return what is to be filled, with what of it is there."""
     targets = []

@@ -23,6 +23,7 @@ from stores.errors import (
     StoreWriteError,
     TargetValueError,
     TinyHDError,
+    VideoChangedError,
     VideoError,
 )
 from stores.shards import LabelSet, ShardSet
@@ -79,6 +80,8 @@ class LabelWorker:
         self._settings = settings
         self._lock = threading.Lock()
         self._left: deque[Unit] = deque()
+        self._number = -1  # of the task
+        self._times = Times()
 
     def start(self) -> WorkerInfo:
         """Load the teacher and open the store.
@@ -100,7 +103,7 @@ class LabelWorker:
             weights=settings.weights,
             **settings.teacher_options,
         )
-        store = TargetStore.open(settings.store, mode="r+")
+        store = TargetStore.open(settings.store, mode="r+", with_videos=False)
         self._sets: dict[str, ShardSet] = {key: store.open_set(key) for key in settings.sets}
         here = {
             **self._teacher.provenance,
@@ -113,11 +116,17 @@ class LabelWorker:
         self._info = WorkerInfo(f"{platform.node()}:{os.getpid()}", platform.node(), os.getpid())
         return self._info
 
-    def run(self, task: Task) -> Iterator[tuple[WorkerEvent, ...]]:
-        """Do a task and tell, now and then, what was done; a stumble is told last."""
+    def run(self, task: Task, number: int = 0) -> Iterator[tuple[WorkerEvent, ...]]:
+        """Do a task and tell, now and then, what was done; a stumble is told last.
+
+        Args:
+            task: What to do.
+            number: Of the task; see :meth:`give_up`.
+        """
         with self._lock:
-            self._left = deque(task.units)
-        times, meter = Times(), _Meter(self._info.name)
+            self._left, self._number = deque(task.units), number
+        times = self._times = Times()
+        meter = _Meter(self._info.name)
         events: list[WorkerEvent] = []
         told_at = time.monotonic()
         try:
@@ -138,19 +147,28 @@ class LabelWorker:
                     told_at = time.monotonic()
         except Exception as error:  # a teacher, a decoder or a store may fail in any way
             events.append(_stumble(error))
+        with self._lock:
+            self._left.clear()
         yield (*events, meter.read(times))
 
-    def give_up(self, number: int) -> tuple[Unit, ...]:
-        """Give up units of the task that were not begun, from its end.
+    def signs_of_life(self) -> int:
+        """Return a number that grows as long as something is done, be it slowly."""
+        return self._times.signs_of_life
+
+    def give_up(self, count: int, number: int = 0) -> tuple[Unit, ...]:
+        """Give up units of a task that were not begun, from its end.
 
         Args:
-            number: How many, at most.
+            count: How many, at most.
+            number: Of the task, which may have ended or not yet begun: calls overtake each other.
 
         Returns:
             What is given up, for others to do.
         """
         with self._lock:
-            given = [self._left.pop() for _ in range(min(number, len(self._left)))]
+            if number != self._number:
+                return ()
+            given = [self._left.pop() for _ in range(min(count, len(self._left)))]
         return tuple(reversed(given))
 
     def _claim(self, unit: Unit) -> bool:
@@ -189,15 +207,17 @@ class _Meter:
 def _stumble(error: Exception) -> Stumble:
     reason = str(error).strip() or type(error).__name__
     where = "".join(traceback.format_exception(error))
-    if isinstance(error, VideoError):
-        return Stumble(reason, where, "video", is_final=True)
+    shard = getattr(error, "at_shard", None)
+    if isinstance(error, VideoError | VideoChangedError):
+        # What cannot be read here may be read elsewhere.
+        return Stumble(reason, where, "video", is_final=isinstance(error, VideoChangedError))
     if isinstance(error, StoreWriteError | StoreBusyError | TeacherMemoryError):
         return Stumble(reason, where, "run", is_final=not isinstance(error, StoreWriteError))
     if isinstance(error, TargetValueError):
-        return Stumble(reason, where, "unit", is_final=True)
+        return Stumble(reason, where, "unit", is_final=True, shard=shard)
     if not isinstance(error, TinyHDError):
         reason = f"{type(error).__name__}: {reason.splitlines()[-1]}"
-    return Stumble(reason, where, "unit")
+    return Stumble(reason, where, "unit", shard=shard)
 
 
 def _check_same(here: Mapping[str, object], wanted: Mapping[str, object]) -> None:

@@ -26,6 +26,16 @@ Frame = npt.NDArray[np.uint8]
 """A decoded frame, ``(height, width, 3)`` RGB."""
 
 Reader = Literal["pyav", "skvideo"]
+PLANAR: Final = frozenset(
+    f"yuv{j}{sampling}p" for j in ("", "j") for sampling in ("420", "422", "444")
+)
+"""Formats of a byte per sample, whose planes need not be turned into RGB to be compared."""
+INDEX_VERSION: Final = 2
+"""Of what is kept of a video's frames; raised when it is made in another way."""
+SEEKS_TRIED: Final = (0.45, 0.9)
+"""Where in a video it is tried whether decoding can begin in the middle."""
+SHORT_FRAMES: Final = 300
+"""Videos of so few frames are decoded from their beginning as fast."""
 KEYS_TRIED: Final = 4
 """Key frames before a frame, from the last one back, at which decoding is tried to begin."""
 
@@ -50,7 +60,7 @@ class FrameIndex:
     timestamps: npt.NDArray[np.int64]
     """Of each frame, in the time base of the stream; no two are equal."""
     checksums: npt.NDArray[np.uint32]
-    """CRC-32C of each frame's first plane."""
+    """CRC-32C of each frame's pixels, as the decoder gives them."""
     is_key: npt.NDArray[np.bool_]
     """Whether decoding can begin at a frame."""
 
@@ -151,6 +161,7 @@ def decode_spans(
     size: tuple[int, int],
     index: FrameIndex | None = None,
     reader: Reader = "pyav",
+    on_frame: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, Frame]]:
     """Yield frames of some spans of a video, each with its number, the same as decoding all would.
 
@@ -160,6 +171,7 @@ def decode_spans(
         size: Height and width of the video's first frame.
         index: At least of the spans, by which what lies between them need not be decoded.
         reader: As in :func:`decode_video`; ``skvideo`` always decodes from the beginning.
+        on_frame: Called for every frame that is decoded, wanted or not: a sign of life.
 
     Raises:
         VideoError: If the file cannot be opened, or ends before the spans do.
@@ -168,7 +180,7 @@ def decode_spans(
         frames = enumerate(_decode_with_skvideo(path))
         for span in spans:
             for number in span:
-                yield number, _next_frame(frames, number, path)
+                yield number, _next_frame(frames, number, path, on_frame)
         return
     height, width = size
     source = enumerate(_raw_frames(path))
@@ -185,11 +197,11 @@ def decode_spans(
             else:
                 source, is_checked = enumerate(found, span.start), True
         for wanted in span:
-            frame = _next_frame(source, wanted, path)
+            frame = _next_frame(source, wanted, path, on_frame)
             if is_checked and index is not None and not _is_frame(frame, index, wanted):
                 index, is_checked = None, False
                 source = enumerate(_raw_frames(path))
-                frame = _next_frame(source, wanted, path)
+                frame = _next_frame(source, wanted, path, on_frame)
             number = wanted
             yield wanted, frame.to_ndarray(format="rgb24", width=width, height=height)
 
@@ -234,7 +246,7 @@ def index_video(
     index = FrameIndex(
         0, np.array(known, np.int64), np.array(checksums, np.uint32), np.array(keys, np.bool_)
     )
-    return IndexedVideo(count, height, width, index)
+    return IndexedVideo(count, height, width, index if _can_seek(path, index, count) else None)
 
 
 def decoder_version(reader: Reader) -> dict[str, str]:
@@ -283,10 +295,23 @@ def _raw_frames(path: Path, seek_to: int | None = None) -> Iterator[Any]:
                 for frame in decoded:
                     count += 1
                     yield frame
-        except av.error.FFmpegError as error:
-            # The end of a cut file: what was decoded stands; nothing decoded is an error.
+        except (av.error.FFmpegError, IndexError) as error:
+            # The end of a cut file: what was decoded stands; nothing decoded is an error. Damage
+            # may also invent a stream that PyAV does not know.
             if not count:
-                raise VideoError(f"cannot decode {path}: {error.strerror}") from error
+                raise VideoError(f"cannot decode {path}: {error}") from error
+
+
+def _can_seek(path: Path, index: FrameIndex, frames: int) -> bool:
+    """Return whether decoding can begin in the middle; a container without an index may not let it.
+
+    A long video whose parts are each decoded from its beginning would take ages.
+    """
+    if frames <= SHORT_FRAMES:
+        return True
+    wanted = [int(frames * share) for share in SEEKS_TRIED]
+    tried = [frame for frame in wanted if any(key > 0 for key in index.keys_before(frame))]
+    return bool(tried) and all(_seek(path, index, frame) is not None for frame in tried)
 
 
 def _seek(path: Path, index: FrameIndex, wanted: int) -> Iterator[Any] | None:
@@ -319,9 +344,12 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:  # noqa: ANN401 - 
         yield from rest
 
 
-def _next_frame(frames: Iterator[tuple[int, Any]], wanted: int, path: Path) -> Any:  # noqa: ANN401
+def _next_frame(
+    frames: Iterator[tuple[int, Any]], wanted: int, path: Path, on_frame: Callable[[], None]
+) -> Any:  # noqa: ANN401 - PyAV's frame, or pixels
     """Return the frame of a number; those before it are passed."""
     for number, frame in frames:
+        on_frame()
         if number == wanted:
             return frame
     raise VideoError(f"{path} ended before frame {wanted}; it had more when it was probed")
@@ -343,10 +371,15 @@ def _timestamp(frame: Any) -> int | None:  # noqa: ANN401 - PyAV's frame
 
 
 def _checksum(frame: Any) -> int:  # noqa: ANN401 - PyAV's frame
-    """Return the CRC-32C of a frame's first plane, less what pads its lines."""
-    plane = frame.planes[0]
-    lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height]
-    return int(google_crc32c.value(lines[:, : frame.width].tobytes()))
+    """Return the CRC-32C of all that decides a frame's pixels, less what pads its lines."""
+    name = frame.format.name
+    checksum = google_crc32c.value(f"{name} {frame.colorspace} {frame.color_range}".encode())
+    if name not in PLANAR:
+        return int(google_crc32c.extend(checksum, frame.to_ndarray(format="rgb24").tobytes()))
+    for plane in frame.planes:
+        lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height]
+        checksum = google_crc32c.extend(checksum, lines[:, : plane.width].tobytes())
+    return int(checksum)
 
 
 def _open_container(path: Path) -> Any:  # noqa: ANN401 - PyAV's input container
@@ -359,6 +392,7 @@ def _open_container(path: Path) -> Any:  # noqa: ANN401 - PyAV's input container
 
 
 def _video_stream(container: Any, path: Path) -> Any:  # noqa: ANN401 - PyAV's video stream
-    if not container.streams.video:
-        raise VideoError(f"{path} has no video stream")
-    return container.streams.video[0]
+    for stream in container.streams.video:
+        if "attached_pic" not in str(stream.disposition):  # a cover is no video
+            return stream
+    raise VideoError(f"{path} has no video stream")

@@ -21,12 +21,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 from stores.decode import (
+    INDEX_VERSION,
     FrameIndex,
     IndexedVideo,
     Reader,
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 HANG_SECONDS: Final = 300.0
 """A decoder that gives no frame for so long is taken to hang."""
 BEAT_SECONDS: Final = 1.0
+KEEP_SECONDS: Final = 2.0
+"""Between two writes of what was learnt."""
 POLL_SECONDS: Final = 0.2
 PROGRAM: Final = "from stores.probing import serve; serve()"
 """What a process that decodes runs."""
@@ -102,6 +105,7 @@ def probe_videos(
         ProbeCache(reader) as cache,
         ThreadPoolExecutor(processes) as hashers,
         _Decoders(processes, reader, hang_seconds) as decoders,
+        _at_the_end(cache.stop),
     ):
         for begin in range(0, len(files), FILES_AT_ONCE):
             batch = files[begin : begin + FILES_AT_ONCE]
@@ -129,6 +133,14 @@ def probe_videos(
                 yield probe
 
 
+@contextmanager
+def _at_the_end(what: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        what()
+
+
 def cache_folder() -> Path:
     """Return where this program keeps what it can learn again.
 
@@ -147,7 +159,11 @@ class ProbeCache:
     """
 
     def __init__(self, reader: Reader) -> None:
-        self._decoder = json.dumps(decoder_version(reader), sort_keys=True)
+        version = {**decoder_version(reader), "index": INDEX_VERSION}
+        self._decoder = json.dumps(version, sort_keys=True)
+        self._pending: list[tuple[Any, ...]] = []
+        self._kept_at = time.monotonic()
+        self._is_stopped = threading.Event()
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
 
@@ -166,10 +182,13 @@ class ProbeCache:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.write()
         if self._database is not None:
-            with suppress(sqlite3.Error):
-                self._database.commit()
             self._database.close()
+
+    def stop(self) -> None:
+        """Let files that are being hashed be."""
+        self._is_stopped.set()
 
     def look_up(self, file: VideoFile) -> tuple[FileStamp, bytes, Probe | None] | str:
         """Return what is known of a file, whose content is hashed if nothing is.
@@ -177,13 +196,14 @@ class ProbeCache:
         Returns:
             Its stamp, content hash and, if it was decoded before, all of it; or what is wrong.
         """
-        if _as_text(file.path) != file.path:
-            return f"the name {file.path!a} is not text; rename the file"
+        name = str(file.absolute)
+        if _as_text(name) != name:
+            return f"the name {name!a} is not text; rename the file"
         try:
             stamp = FileStamp.of(file.absolute)
             row = self._row(file, stamp)
             if row is None:
-                return stamp, hash_file(file.absolute), None
+                return stamp, hash_file(file.absolute, self._check_stopped), None
             content_hash, frames, height, width, fps, packed = row
             if frames is None:
                 return stamp, content_hash, None
@@ -205,10 +225,27 @@ class ProbeCache:
             record = probe.record
             seen = (record.frames, record.height, record.width, record.fps, packed)
         values = (str(file.absolute), self._decoder, stamp.num_bytes, stamp.modified_ns)
-        self._execute(
-            f"INSERT OR REPLACE INTO probes VALUES ({', '.join('?' * 10)})",
-            (*values, content_hash, *seen),
-        )
+        self._pending.append((*values, content_hash, *seen))
+        if time.monotonic() - self._kept_at >= KEEP_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is to be kept; others can use the database at all other times."""
+        with self._lock:
+            pending, self._pending, self._kept_at = self._pending, [], time.monotonic()
+            if self._database is None or not pending:
+                return
+            try:
+                with self._database:
+                    self._database.executemany(
+                        f"INSERT OR REPLACE INTO probes VALUES ({', '.join('?' * 10)})", pending
+                    )
+            except (sqlite3.Error, UnicodeError) as error:
+                self._give_up(error)
+
+    def _check_stopped(self) -> None:
+        if self._is_stopped.is_set():
+            raise VideoError("stopped")
 
     def _row(self, file: VideoFile, stamp: FileStamp) -> Any:  # noqa: ANN401 - values of a row
         rows = self._execute(

@@ -47,7 +47,7 @@ class TargetStore:
     driver, which holds :meth:`writer`; workers write shards and commit nothing.
     """
 
-    def __init__(self, place: Place, *, mode: Mode) -> None:
+    def __init__(self, place: Place, *, mode: Mode, with_videos: bool = True) -> None:
         self.place = place
         self.url = place.url
         self._mode = mode
@@ -57,7 +57,7 @@ class TargetStore:
         """Rows of videos that count, in the order of the store."""
         self.rows: list[VideoRow] = []
         """All rows, also of videos that were dropped or replaced."""
-        self.refresh()
+        self._take_rows(read_table(place) if with_videos else [])
 
     @classmethod
     def create(cls, where: str | Path) -> TargetStore:
@@ -76,12 +76,13 @@ class TargetStore:
         return cls.open(where, mode="r+")
 
     @classmethod
-    def open(cls, where: str | Path, *, mode: Mode = "r") -> TargetStore:
+    def open(cls, where: str | Path, *, mode: Mode = "r", with_videos: bool = True) -> TargetStore:
         """Open a store.
 
         Args:
             where: A path, or a URL of an object store.
             mode: ``r`` to read, ``r+`` to write, too.
+            with_videos: Whether the table of videos is read, which a worker does not need.
 
         Raises:
             NotATargetStoreError: If there is no store.
@@ -91,7 +92,7 @@ class TargetStore:
         silence_codec_remark()
         place = open_place(where)
         check_root(place)
-        return cls(place, mode=mode)
+        return cls(place, mode=mode, with_videos=with_videos)
 
     @classmethod
     def open_if_there(cls, where: str | Path, *, mode: Mode = "r") -> TargetStore | None:
@@ -148,7 +149,10 @@ class TargetStore:
         Raises:
             DamagedStoreError: If it is damaged.
         """
-        self.rows = read_table(self.place)
+        self._take_rows(read_table(self.place))
+
+    def _take_rows(self, rows: list[VideoRow]) -> None:
+        self.rows = rows
         # Of several rows with one id the last counts: a process may have died before it could mark
         # the one that it replaced.
         self._unmarked: dict[int, int] = {}
@@ -406,7 +410,7 @@ class TargetStore:
         key = f"{request.folder}/{request.name}"
         attributes = {**request.attributes, "environment": dict(environment)}
         objects = empty_set(request, {**attributes, "digest": schema.digest(attributes)})
-        there = {name for name, _ in self.place.walk(key) if name.endswith(METADATA)}
+        there = {name for name in objects if self._is_there(name)}
         if f"{key}/{METADATA}" in there:
             if self._is_dropped(key):
                 raise TargetStoreError(
@@ -429,6 +433,13 @@ class TargetStore:
         if group not in there:  # the last: without it, there is no set
             write_metadata(self.place, group, objects[group])
         return self.open_set(key)
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            self.place.read(key)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _keys(self, folder: str) -> list[str]:
         """Return the keys of sets, of those being dropped too, but of none in the making."""

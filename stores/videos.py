@@ -6,13 +6,14 @@ import csv
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from stores.errors import VideoError
 
+HASHED_BYTES: Final = 4 * 2**20
 VIDEO_SUFFIXES: Final = (".avi", ".mp4", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".m4v")
 
 
@@ -162,21 +163,37 @@ def _entries(list_file: Path) -> Iterator[tuple[int, str, str]]:
         raise VideoError(f"{list_file} is no list of videos: {error}") from error
 
 
-def hash_file(path: Path) -> bytes:
+def hash_file(path: Path, on_chunk: Callable[[], None] = lambda: None) -> bytes:
     """Return the SHA-256 of a file.
+
+    Args:
+        path: The file.
+        on_chunk: Called now and then, while there is more to read.
 
     Raises:
         VideoError: If it cannot be read.
     """
+    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(HASHED_BYTES):
+                digest.update(chunk)
+                on_chunk()
+            return digest.digest()
     except OSError as error:
         raise VideoError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _video_files(folder: Path) -> Iterator[Path]:
-    for where, _, names in os.walk(folder):
+    def refuse(error: OSError) -> None:
+        raise VideoError(f"cannot look into {error.filename}: {error.strerror}") from error
+
+    seen: set[str] = set()  # links may lead back
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         for name in names:
             # "._name" are resource forks that some archives leave beside the real files.
             if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith("._"):

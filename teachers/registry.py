@@ -86,6 +86,8 @@ def _own_factory(name: str) -> Callable[..., Teacher]:
         )
     try:
         factory: Callable[..., Teacher] = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the teacher {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # a module of one's own may fail in any way
+        raise ValueError(
+            f"the teacher {name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     return factory

@@ -16,10 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stores.errors import VideoError
 from stores.maps import MapLayout, MapSpec
 from teachers.base import Precision, Teacher, TeacherSpec
 
-PASSIVE = ("want memory", "not load", "hang decoding")
+PASSIVE = ("say nan", "want memory", "not load", "hang decoding")
 """Acts that are not done when a frame is labelled."""
 
 
@@ -87,7 +88,11 @@ class FakeTeacher(Teacher):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             if fits and act["do"] not in PASSIVE and self._is_due(act):
                 self._do(act)
-        return super().label_span(frames, first=first, span=span, num_frames=num_frames)
+        planes = super().label_span(frames, first=first, span=span, num_frames=num_frames)
+        for act in self._acts:
+            if act["do"] == "say nan" and act["video"] == num_frames and act["at"] in span:
+                planes = {name: values * torch.nan for name, values in planes.items()}
+        return planes
 
     def logits(self, windows: Tensor) -> dict[str, Tensor]:
         means = windows.mean((1, 3, 4)) * 10  # B T
@@ -113,6 +118,8 @@ class FakeTeacher(Teacher):
                 os.kill(os.getpid(), signal.SIGKILL)
             case "fail":
                 raise RuntimeError("something went wrong\nin two lines")
+            case "not see the video":
+                raise VideoError("cannot read the video: No such file or directory")
             case "hang":
                 time.sleep(1e6)
             case "take memory":

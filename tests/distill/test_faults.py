@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from cli import cli
 from distill import DistillReport, DistillSettings, label_videos
 from distill.failures import KEY
-from distill.worker import WorkerError
+from distill.plan import Target, plan_tasks
+from distill.worker import LabelWorker, WorkerError, WorkerSettings
 from stores.errors import VideoError
 from stores.targets import TargetStore
 from stores.verify import verify_store
@@ -126,6 +127,63 @@ def test_what_always_fails_is_listed_passed_over_and_taken_up_on_request(
 
 
 @pytest.mark.ray
+def test_what_one_worker_cannot_read_is_done_by_another(
+    stage: Stage, undisturbed: Path, local_ray: None
+) -> None:
+    stage.act({"do": "not see the video", "times": 2})
+    report = stage.run()
+    assert (report.videos, report.failures) == (3, [])
+    assert 1 <= report.retries <= 2
+    assert contents(stage.store) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("variant", ["identity", "both"])
+def test_maps_that_are_no_numbers_are_blamed_on_their_own_unit(stage: Stage, variant: Any) -> None:  # noqa: ANN401
+    stage.act({"do": "say nan", "video": 70, "at": 35})
+    report = stage.run(executor="inline", variant=variant)
+    assert (report.videos, report.retries) == (2, 0)
+    assert {tuple(entry["shards"]) for entry in stage.failures} == {(2,)}
+    assert all("frame 32 of 'long' has the value nan" in e["reason"] for e in stage.failures)
+    labels = TargetStore.open(stage.store).label_set("fake-identity")
+    assert labels.coverage("long") == [range(32), range(48, 70)]
+
+
+def test_teacher_that_fails_everywhere_ends_the_run(stage: Stage) -> None:
+    stage.act({"do": "fail"})
+    with pytest.raises(WorkerError, match=r"8 units failed one after the other, at last: Runtime"):
+        stage.run(executor="inline")
+    assert len(stage.failures) == 8
+    stage.act()
+    assert stage.run(executor="inline", retry_failed=True).videos == 3
+
+
+def test_worker_gives_up_units_of_the_task_that_is_meant(stage: Stage) -> None:
+    stage.run(executor="inline")
+    store = TargetStore.open(stage.store)
+    labels = store.label_set()
+    settings = WorkerSettings(
+        store=str(stage.store),
+        token=json.loads((stage.store / "runs" / "driver").read_text())["token"],
+        sets=(labels.key,),
+        teacher=FAKE,
+        weights=stage.script,
+        batch=8,
+    )
+    stage.act({"do": "sleep", "seconds": 0.6, "times": 1})  # so that the first report is early
+    worker = LabelWorker(settings)
+    worker.start()
+    (task,) = plan_tasks([store.video("long")], [Target(labels.request, lambda shard: False)])
+    events = worker.run(task, 7)
+    next(events)
+    assert worker.give_up(2, 6) == ()  # that one has ended
+    assert worker.give_up(2, 8) == ()  # and that one has not begun
+    assert worker.give_up(2, 7) == task.units[-2:]
+    assert worker.signs_of_life() > 0
+    list(events)
+    assert worker.give_up(2, 7) == ()
+
+
+@pytest.mark.ray
 def test_command_exits_with_3_and_says_what_failed(stage: Stage, local_ray: None) -> None:
     stage.act({"do": "fail", "video": 24, "at": 3})
     arguments = ["distill", stage.videos, "--teacher", FAKE, "--weights", stage.script]
@@ -226,7 +284,7 @@ def test_batch_that_does_not_fit_is_halved_from_the_start_of_its_shard(
 @pytest.mark.ray
 def test_teacher_too_large_for_one_window_ends_the_run(stage: Stage, local_ray: None) -> None:
     stage.act({"do": "want memory", "windows": 0})
-    with pytest.raises(WorkerError, match="a batch of 1 of fake does not fit into the memory of cpu"):
+    with pytest.raises(WorkerError, match="a batch of 1 of fake does not fit"):
         stage.run()
 
 

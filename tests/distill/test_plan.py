@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from cli import cli
 from distill import Budget, DistillSettings, label_videos
 from distill.forecast import forecast_run
-from distill.plan import STRETCH_FRAMES, Found, Target, plan_tasks
+from distill.plan import STRETCH_FRAMES, Found, Target, Task, plan_tasks
 from distill.relabel import relabel_shards
 from stores import decode
 from stores.decode import FrameIndex
@@ -71,7 +71,7 @@ def test_long_videos_are_cut_where_decoding_can_begin_anywhere() -> None:
     assert [task.video.id for task in tasks] == ["a"] * 5 + ["b"]  # the longest first
     assert [len(task.units) for task in tasks] == [128, 128, 128, 128, 113, 7]
     assert all(len(task.units) * 16 <= STRETCH_FRAMES for task in tasks)
-    parts = [task.index for task in tasks[:5] if task.index is not None]
+    parts = [task.index for task in map(Task.ready, tasks[:5]) if task.index is not None]
     assert [part.first for part in parts] == [0, 1752, 3804, 5844, 7896]  # four keys before
     assert len(parts[1].timestamps) == 4096 + 256 - 1752
     shards = [unit.shard for task in tasks for unit in task.units]
@@ -114,6 +114,22 @@ def test_forecast_writes_nothing(stage: Stage) -> None:
     assert (plan.price.videos, plan.price.windows) == (2, 110)
 
 
+def test_forecast_names_what_the_run_refuses(
+    stage: Stage, tmp_path: Path, make_video: MakeVideo
+) -> None:
+    stage.videos = tmp_path / "videos"
+    make_video(stage.videos / "a.avi", frames=20, seed=1)
+    make_video(stage.videos / "b.avi", frames=20, seed=2)
+    label_videos([stage.videos], stage.store, SETTINGS)
+    make_video(stage.videos / "a.avi", frames=30, seed=3)
+    plan = forecast_run([stage.videos], stage.store, SETTINGS)
+    assert plan.price.windows == 0
+    assert "a: " in str(plan)
+    assert "has other content than the 'a'" in str(plan)
+    changed = forecast_run([stage.videos], stage.store, replace(SETTINGS, replace_changed=True))
+    assert changed.price.windows == 30
+
+
 def test_budgets_are_priced_beside_what_is_asked_for(stage: Stage) -> None:
     plan = forecast_run([stage.videos], stage.store, SETTINGS)
     windows = {price.what: price.windows for price in (*plan.budgets, plan.price)}
@@ -140,7 +156,7 @@ def test_calibration_says_what_it_measured(stage: Stage) -> None:
     label_videos([stage.videos], stage.store, replace(settings, precision="float32"))
     labels = TargetStore.open(stage.store).label_set()
     size = sum(n for name, n in labels.store.place.walk(labels.key) if "/c." in name)
-    assert plan.calibration.bytes_per_frame == pytest.approx(size / 134, rel=0.1)
+    assert plan.calibration.bytes_per_window == pytest.approx(size / 134, rel=0.1)
     assert "it has paid for itself after 1.4 epochs of a TinyHD-M" in str(plan)  # 134/3/2/16
 
 

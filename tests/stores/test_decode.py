@@ -24,6 +24,7 @@ VIDEOS: dict[str, tuple[str, dict[str, str], str]] = {
     "h264-open-gop.mp4": ("libx264", OPEN_GOP, "yuv420p"),
     "h264-open-gop.mkv": ("libx264", OPEN_GOP, "yuv420p"),
     "h264-open-gop.avi": ("libx264", OPEN_GOP, "yuv420p"),
+    "h264-10-bit.mp4": ("libx264", {"g": "24"}, "yuv420p10le"),
     "h264-intra-refresh.mp4": ("libx264", INTRA_REFRESH, "yuv420p"),
     "mpeg2.mpg": ("mpeg2video", {"g": "12", "bf": "2"}, "yuv420p"),
     "mjpeg.avi": ("mjpeg", {}, "yuvj420p"),
@@ -128,7 +129,30 @@ def test_index_that_is_wrong_is_noticed(folder: Path) -> None:
             np.testing.assert_array_equal(frame, every[number])
 
 
-@pytest.mark.parametrize("name", ["mpeg4-b-frames.avi", "h264-open-gop.mp4", "mpeg2.mpg"])
+def test_colours_are_looked_at_too(folder: Path, tmp_path: Path) -> None:
+    """A palette that came before the key frame is gone after a seek, and with it the picture."""
+    path = tmp_path / "palette.avi"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("rawvideo", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "pal8"
+        rng = np.random.default_rng(0)
+        palette = rng.integers(0, 255, (256, 4), np.uint8)
+        palette[:, 3] = 255
+        for number in range(60):
+            picture = np.full((64, 96), number, np.uint8)
+            planes: Any = (picture, palette)
+            frame = av.VideoFrame.from_ndarray(planes, format="pal8")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    every, seen = list(decode_video(path)), index_video(path)
+    found = dict(decode_spans(path, [range(40, 50)], size=(64, 96), index=seen.frame_index))
+    for number, shown in found.items():
+        np.testing.assert_array_equal(shown, every[number])
+
+
+@pytest.mark.parametrize(
+    "name", ["mpeg4-b-frames.avi", "h264-open-gop.mp4", "h264-10-bit.mp4", "mpeg2.mpg"]
+)
 def test_damaged_videos_have_the_same_frames_from_wherever_they_are_decoded(
     folder: Path, name: str, tmp_path: Path
 ) -> None:

@@ -79,7 +79,7 @@ def test_what_was_probed_is_not_looked_at_again(
     make_video(folder / "short.avi", frames=31, seed=9)
     looked_at: list[str] = []
 
-    def look(path: Path) -> bytes:
+    def look(path: Path, *arguments: object) -> bytes:
         looked_at.append(path.name)
         return hash_file(path)
 
