@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def cli(*, verbose: bool) -> None:
     "--executor",
     type=click.Choice(["ray", "inline"]),
     default="ray",
-    help="Where workers run; inline: one, in this process.",
+    help="Where workers run; inline: one, in this process, where nothing stops what hangs.",
 )
 @click.option("--address", help="Ray cluster to use.  [default: one of its own on this machine]")
 @click.option("--dry-run", is_flag=True, help="Say what is missing and what it takes; do nothing.")
@@ -215,6 +216,11 @@ def distill_command(
         raise click.UsageError("--calibrate goes with --dry-run")
     blocks, seed = options.pop("blocks_per_video"), options.pop("seed")
     shard_frames = options.pop("shard_frames")
+    for name in ("hang_seconds", "gpus_per_actor"):
+        if options[name] is not None and not math.isfinite(options[name]):
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} takes a number, got {options[name]}"
+            )
     pairs = [pair.partition("=") for pair in options.pop("teacher_options")]
     if odd := [name for name, equals, _ in pairs if not (name and equals)]:
         raise click.UsageError(f"--teacher-option takes NAME=VALUE, got {odd[0]!r}")
