@@ -47,11 +47,11 @@ class TeacherSpec:
     paper: str
     licence: str
     """Licence of the published weights."""
-    adapter_version: int
+    adapter_version: int = 1
     """Raised whenever the same frames would give other targets."""
-    normalisation: str
+    normalisation: str = "RGB / 255"
     """From uint8 RGB to what the network expects, in words."""
-    resize_rule: str
+    resize_rule: str = "bilinear, antialiased, aspect not kept, rounded to uint8"
     window: int
     """Frames the network sees at once; it labels the last of them."""
     labelled_frame: Literal["last", "middle", "each"] = "last"

@@ -312,6 +312,7 @@ def test_interrupted_run_finishes_what_is_begun(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_second_interruption_stops_at_once(stage: Stage, undisturbed: Path) -> None:
     stage.act({"do": "sleep", "seconds": 0.2}, {"do": "hang", "video": 40, "at": 20})
     process = _start(stage)

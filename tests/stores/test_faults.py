@@ -179,6 +179,7 @@ def read_some(path: str, seed: int, stop: Event, counts: Queue[int]) -> None:
     counts.put(count)
 
 
+@pytest.mark.slow
 def test_many_write_and_read_at_once(tmp_path: Path) -> None:
     """4 processes write disjoint shards, one commits and adds videos, 4 read meanwhile."""
     path = str(tmp_path / "targets.zarr")
