@@ -99,7 +99,8 @@ class Executor(ABC):
         self._waiting: deque[Task] = deque()
         self._tries: dict[tuple[int, int], int] = {}  # of a unit, by first frame and shard
         self._store_tries = 0  # in a row
-        self._failed_in_a_row = 0  # units, with nothing done in between
+        self._failed: list[int] = []  # first frames of videos of units that failed in a row
+        self._num_videos = 0
         self._avoided: dict[tuple[int, int], set[str]] = {}  # workers that could not do a task
         self._is_draining = False
 
@@ -122,10 +123,15 @@ class Executor(ABC):
         self._is_draining = True
         self._waiting.clear()
 
+    def _take(self, tasks: Sequence[Task]) -> None:
+        self._waiting.extend(tasks)
+        self._num_videos = len({task.video.first for task in tasks})
+
     def _take_note(self, attempt: _Attempt, event: WorkerEvent) -> None:
         attempt.note(event)
         if isinstance(event, ShardDone):
-            self._store_tries = self._failed_in_a_row = 0
+            self._store_tries = 0
+            self._failed.clear()
 
     def _recover(
         self, attempt: _Attempt, stumble: Stumble, worker: str = ""
@@ -176,15 +182,17 @@ class Executor(ABC):
             tries = self._tries[name] = self._tries.get(name, 0) + 1
             if stumble.is_final or tries >= TRIES:
                 yield failure_of(task, (unit,), stumble, tries)
-                self._failed_in_a_row += 1
+                self._failed.append(task.video.first)
             elif not self._is_draining:
                 self._waiting.appendleft(task.with_units([unit]))
                 most = max(most, tries)
         if most:
             yield Retry(task.video.id, most, stumble.reason)
-        if self._failed_in_a_row >= FAILED_IN_A_ROW:
+        # One video alone may be bad.
+        is_all = len(set(self._failed)) >= min(2, self._num_videos)
+        if is_all and len(self._failed) >= FAILED_IN_A_ROW:
             raise WorkerError(
-                f"{self._failed_in_a_row} units failed one after the other, at last: "
+                f"{len(self._failed)} units failed one after the other, at last: "
                 f"{stumble.reason}; it may be the teacher"
             )
 
@@ -198,7 +206,7 @@ class InlineExecutor(Executor):
         import torch
 
         threads = torch.get_num_threads()
-        self._waiting.extend(tasks)
+        self._take(tasks)
         try:
             self._worker = LabelWorker(self._settings)
             self._worker.start()  # sets its own number of threads
@@ -304,7 +312,7 @@ class RayExecutor(Executor):
     def run(self, tasks: Sequence[Task]) -> Generator[Event | None]:
         import ray
 
-        self._waiting.extend(tasks)
+        self._take(tasks)
         for _ in range(self._num_actors(sum(len(task.units) for task in tasks))):
             self._hire()
         while self._waiting or any(actor.attempt for actor in self._crew):

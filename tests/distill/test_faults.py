@@ -157,6 +157,18 @@ def test_teacher_that_fails_everywhere_ends_the_run(stage: Stage) -> None:
     assert stage.run(executor="inline", retry_failed=True).videos == 3
 
 
+def test_one_video_that_always_fails_does_not_end_the_run(
+    stage: Stage, tmp_path: Path, make_video: MakeVideo
+) -> None:
+    stage.videos = tmp_path / "videos"
+    make_video(stage.videos / "bad.avi", frames=160, seed=1)
+    make_video(stage.videos / "good.avi", frames=20, seed=2)
+    stage.act({"do": "fail", "video": 160})
+    report = stage.run(executor="inline")
+    assert (report.videos, len(report.failures)) == (1, 10)
+    assert stage.times("fail") == 30
+
+
 def test_worker_gives_up_units_of_the_task_that_is_meant(stage: Stage) -> None:
     stage.run(executor="inline")
     store = TargetStore.open(stage.store)
