@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import deque
@@ -35,6 +36,8 @@ SHARDS_BEING_WRITTEN: Final = 2
 
 Views = Mapping[str, Frame]
 """A frame as each set of shards needs it, by the set's key."""
+Planes = dict[str, npt.NDArray[np.float32]]
+"""A teacher's native planes by array, each ``(frame, map, y, x)``."""
 
 
 class TeacherMemoryError(TinyHDError):
@@ -146,10 +149,15 @@ def label_video(
         def write(unit: Unit, key: str, data: dict[str, Any], fewer: int) -> ShardDone:
             try:
                 receipt = sets[key].write_shard(unit.shard, data, video)
-            except Exception as error:
+            except Exception as error:  # raised again; only where it arose is noted
                 blame(error, unit.shard)
                 raise
             return ShardDone(video.id, key, receipt, len(task.span(unit)), fewer)
+
+        def planes_of(key: str, span: range, batch: int) -> Iterator[Planes]:
+            return label_span(
+                buffer, key, span, teacher, num_frames=video.frames, batch=batch, times=times
+            )
 
         at = task.units[0].shard
         try:
@@ -157,7 +165,8 @@ def label_video(
                 buffer.forget_before(context.start)
                 if unit is None:
                     (key,) = sets
-                    yield from _pass(buffer, key, span, teacher, video.frames, batch, times)
+                    for _ in planes_of(key, span, batch):
+                        yield Labelled(0)  # a recurrent teacher passes by; nothing is counted
                     continue
                 if not claim(unit):
                     break
@@ -169,14 +178,13 @@ def label_video(
                     if isinstance(shard_set, FrameSet):
                         data = {shard_set.array_names[0]: buffer.get(span, key)}
                     else:
-                        data, used = yield from _label_shard(
-                            buffer, key, span, teacher, video.frames, batch, times
-                        )
+                        label = functools.partial(planes_of, key, span)
+                        data, used = yield from _label_shard(label, teacher, batch)
                     fewer = used if used < batch else 0
                     writing.append(writer.submit(write, unit, key, data, fewer))
                     while writing and (writing[0].done() or len(writing) > SHARDS_BEING_WRITTEN):
                         yield writing.popleft().result()
-        except Exception as error:
+        except Exception as error:  # raised again, after what is done was told
             for future in writing:  # the shards before are not at fault, and count
                 if future.exception() is None:
                     yield future.result()
@@ -186,39 +194,21 @@ def label_video(
             yield future.result()
 
 
-def _pass(
-    buffer: FrameBuffer,
-    key: str,
-    span: range,
-    teacher: Teacher,
-    num_frames: int,
-    batch: int,
-    times: Times,
-) -> Iterator[Labelled]:
-    """Have a recurrent teacher see a span that needs no labels; nothing is counted."""
-    for _ in label_span(
-        buffer, key, span, teacher, num_frames=num_frames, batch=batch, times=times
-    ):
-        yield Labelled(0)  # a sign of life
-
-
 def _label_shard(
-    buffer: FrameBuffer,
-    key: str,
-    span: range,
-    teacher: Teacher,
-    num_frames: int,
-    batch: int,
-    times: Times,
-) -> Generator[Labelled, None, tuple[dict[str, npt.NDArray[Any]], int]]:
-    """Return a shard's planes by array, and the batch that fitted into memory."""
+    label: Callable[[int], Iterator[Planes]], teacher: Teacher, batch: int
+) -> Generator[Labelled, None, tuple[Planes, int]]:
+    """Return a shard's planes, and the batch that fitted into memory.
+
+    Args:
+        label: Gives the planes in batches of a number.
+        teacher: Who labels.
+        batch: Windows that are to be labelled together.
+    """
     while True:
-        parts: list[dict[str, npt.NDArray[np.float32]]] = []
+        parts: list[Planes] = []
         done = 0
         try:
-            for planes in label_span(
-                buffer, key, span, teacher, num_frames=num_frames, batch=batch, times=times
-            ):
+            for planes in label(batch):
                 parts.append(planes)
                 count = len(next(iter(planes.values())))
                 done += count
@@ -255,7 +245,7 @@ def label_span(
     num_frames: int,
     batch: int,
     times: Times | None = None,
-) -> Iterator[dict[str, npt.NDArray[np.float32]]]:
+) -> Iterator[Planes]:
     """Yield a teacher's native planes by array for each batch of a span."""
     for begin in range(span.start, span.stop, batch):
         part = range(begin, min(begin + batch, span.stop))

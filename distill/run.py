@@ -167,11 +167,11 @@ def _label(
             run_tasks(store, tasks, _executor(worker, settings), sets, report, settings, failed)
     finally:
         report.seconds = time.monotonic() - began
+        store.check_driver()  # what follows is not for one that was replaced
         if report.retries:
             store.place.remove_leftovers()  # of workers that died; none is left
         _update(failed, files, videos, targets, survey, report)
         if failed.entries or had_failures:
-            store.check_driver()
             failed.save(store.place)
         store.log_run(
             event="end",

@@ -70,16 +70,6 @@ class ProbeFailure:
     reason: str
 
 
-def probe_video(video: VideoFile, *, reader: Reader = "pyav") -> VideoRecord:
-    """Decode a video once, in this process, to learn its true number of frames.
-
-    Raises:
-        VideoError: If there is not one frame that can be decoded.
-    """
-    seen = index_video(video.absolute, reader=reader)
-    return _record(video, hash_file(video.absolute), seen, _fps(video.absolute))
-
-
 def probe_videos(
     files: Sequence[VideoFile],
     *,

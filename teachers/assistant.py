@@ -21,8 +21,8 @@ from stores.maps import DerivedMap, MapLayout, MapSpec
 from stores.videos import hash_file
 from student.checkpoints import load_model
 from student.config import CLIP_FRAMES
-from student.tinyhd import IMAGENET_MEAN, IMAGENET_STD, TinyHD
-from teachers.base import Precision, Teacher, TeacherSpec
+from student.tinyhd import TinyHD
+from teachers.base import Precision, Teacher, TeacherSpec, normalise_as_imagenet
 
 CLIPS_AT_ONCE: Final = 4
 SALIENCY: Final = "saliency"
@@ -86,9 +86,7 @@ class AssistantTeacher(Teacher):
         return resized.reshape(resized.shape[1:])
 
     def normalise(self, frames: Tensor) -> Tensor:
-        mean = torch.tensor(IMAGENET_MEAN, device=frames.device).view(3, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=frames.device).view(3, 1, 1)
-        return (frames - mean) / std
+        return normalise_as_imagenet(frames)
 
     def window(self, frame: int, num_frames: int) -> Sequence[int]:
         """Return the clip in which a frame is labelled; see :meth:`Teacher.window`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stores.frames import resize_frames
 from stores.maps import MapLayout
+from student.tinyhd import IMAGENET_MEAN, IMAGENET_STD
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES: Final[Mapping[Precision, torch.dtype]] = {
@@ -37,6 +38,21 @@ def window_of(frame: int, *, length: int) -> range:
     if length < 1:
         raise ValueError(f"a window needs at least one frame, got {length}")
     return range(frame - length + 1, frame + 1)
+
+
+def reflect(index: int, num_frames: int) -> int:
+    """Return the frame at ``index`` of a video that goes on backwards after its last frame.
+
+    Once it is back at its first frame it stays there.
+    """
+    return index if index < num_frames else max(0, 2 * num_frames - 1 - index)
+
+
+def normalise_as_imagenet(frames: Tensor) -> Tensor:
+    """Centre and scale frames in 0..1, ``(T, 3, H, W)``, as ImageNet networks want them."""
+    mean = torch.tensor(IMAGENET_MEAN, device=frames.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=frames.device).view(3, 1, 1)
+    return (frames - mean) / std
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stores.maps import DerivedMap, MapLayout, MapSpec
-from teachers.base import TeacherSpec, window_of
+from teachers.base import TeacherSpec, reflect, window_of
 from teachers.network import NetworkTeacher
 from teachers.s3d import NORM_EPS, NORM_MOMENTUM, Basic3d, S3d, S3dLevels
 from teachers.shared import Features
@@ -242,7 +242,7 @@ class Hd2sTeacher(NetworkTeacher):
     def window(self, frame: int, num_frames: int) -> Sequence[int]:
         if frame >= HEAD:
             return window_of(frame, length=WINDOW)
-        window = [_reflect(index, num_frames) for index in range(frame, frame + WINDOW)]
+        window = [reflect(index, num_frames) for index in range(frame, frame + WINDOW)]
         return window[::-1] if self.spec.head_policy == "time_reversed" else window
 
     def label_span(
@@ -315,11 +315,6 @@ def _layout(height: int, width: int, fusion: nn.Conv2d) -> MapLayout:
 
 def _halve_frames(channels: int) -> Basic3d:
     return Basic3d(channels, channels, kernel=(3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0))
-
-
-def _reflect(index: int, num_frames: int) -> int:
-    """Return the frame that stands at ``index`` if a video goes on backwards after its last one."""
-    return index if index < num_frames else max(0, 2 * num_frames - 1 - index)
 
 
 def _check_size(height: int, width: int) -> None:

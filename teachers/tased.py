@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stores.frames import RESIZE_RULE, resize_frames
 from stores.maps import MapLayout, MapSpec
-from teachers.base import TeacherSpec, window_of
+from teachers.base import TeacherSpec, reflect, window_of
 from teachers.network import NetworkTeacher
 from teachers.s3d import NORM_EPS, NORM_MOMENTUM, Basic3d, Mixed, Sep3d
 
@@ -200,7 +200,7 @@ class TasedTeacher(NetworkTeacher):
     def window(self, frame: int, num_frames: int) -> Sequence[int]:
         if frame >= HEAD:
             return window_of(frame, length=WINDOW)
-        return [_reflect(index, num_frames) for index in reversed(range(frame, frame + WINDOW))]
+        return [reflect(index, num_frames) for index in reversed(range(frame, frame + WINDOW))]
 
     def logits(self, windows: Tensor) -> dict[str, Tensor]:
         (array,) = self.spec.layout.arrays
@@ -271,11 +271,6 @@ def _halve_frames(channels: int) -> nn.Conv3d:
 
 def _halve_pictures(*, return_indices: bool = False) -> nn.MaxPool3d:
     return nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1), return_indices=return_indices)
-
-
-def _reflect(index: int, num_frames: int) -> int:
-    """Return the frame that stands at ``index`` if a video goes on backwards after its last one."""
-    return index if index < num_frames else max(0, 2 * num_frames - 1 - index)
 
 
 def _check_size(height: int, width: int) -> None:

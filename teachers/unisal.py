@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from stores.codec import LOG_DENSITY_FLOOR
 from stores.maps import MapLayout, MapSpec
-from student.tinyhd import IMAGENET_MEAN, IMAGENET_STD
-from teachers.base import TeacherSpec
+from teachers.base import TeacherSpec, normalise_as_imagenet
 from teachers.network import NetworkTeacher
 
 Domain = Literal["DHF1K", "Hollywood", "UCFSports", "SALICON"]
@@ -523,8 +522,7 @@ class UnisalTeacher(NetworkTeacher):
         return np.array(resized)
 
     def normalise(self, frames: Tensor) -> Tensor:
-        mean, std = (frames.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return (frames - mean) / std
+        return normalise_as_imagenet(frames)
 
     def reset(self) -> None:
         """Forget all states: the next span begins a video."""

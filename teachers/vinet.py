@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stores.maps import MapLayout, MapSpec
-from student.tinyhd import IMAGENET_MEAN, IMAGENET_STD
-from teachers.base import TeacherSpec
+from teachers.base import TeacherSpec, normalise_as_imagenet
 from teachers.network import NetworkTeacher
 from teachers.s3d import S3d
 
@@ -290,9 +289,7 @@ class VinetTeacher(MapTeacher):
         )
 
     def normalise(self, frames: Tensor) -> Tensor:
-        mean = torch.tensor(IMAGENET_MEAN, device=frames.device).view(3, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=frames.device).view(3, 1, 1)
-        return (frames - mean) / std
+        return normalise_as_imagenet(frames)
 
     def window(self, frame: int, num_frames: int) -> Sequence[int]:
         if frame < min(HEAD, num_frames - WINDOW):

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from stores.probing import Probe, probe_videos
+from stores.videos import VideoRecord, find_videos
+
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED = PROJECT.parent / "shared"
 
@@ -83,6 +86,13 @@ def make_video() -> MakeVideo:
         return path
 
     return make
+
+
+def probe(path: Path) -> VideoRecord:
+    """Return what is learnt of a video."""
+    (found,) = probe_videos(find_videos([path]))
+    assert isinstance(found, Probe)
+    return found.record
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ class FakeTeacher(Teacher):
         self._resized = 0
         self._acts: list[dict[str, Any]] = json.loads(weights.read_text()) if weights else []
         for act in self._acts:
-            if act["do"] == "not load" and self._is_due(act):
+            if act["do"] == "not load" and act["but"] != os.getpid():
                 raise ValueError("this teacher cannot be loaded")
 
     def resize(self, frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -14,11 +14,11 @@ from stores import schema
 from stores.decode import decode_video
 from stores.errors import TargetValueError, VideoError
 from stores.maps import MapLayout, MapSpec
-from stores.probing import probe_video
 from stores.shards import LabelSet
 from stores.targets import TargetStore
-from stores.videos import VideoRecord, find_videos
+from stores.videos import VideoRecord
 from teachers.base import Teacher, TeacherSpec
+from tests.conftest import probe
 
 
 class MeanTeacher(Teacher):
@@ -50,8 +50,7 @@ class MeanTeacher(Teacher):
 
 @pytest.fixture
 def record(video_folder: Path) -> VideoRecord:
-    (video,) = find_videos([video_folder / "long.avi"])
-    return probe_video(video)
+    return probe(video_folder / "long.avi")
 
 
 def label_set(path: Path, record: VideoRecord, *, shard_frames: int = 32) -> LabelSet:

@@ -12,8 +12,8 @@ import pytest
 
 from stores.decode import decode_video
 from stores.errors import VideoError
-from stores.probing import probe_video
 from stores.videos import find_videos
+from tests.conftest import probe
 
 if TYPE_CHECKING:
     from tests.conftest import MakeVideo
@@ -27,8 +27,7 @@ SAMPLES = {  # frames, height, width, frames per second
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_probe_finds_true_length_size_and_rate(sample_folder: Path, name: str) -> None:
-    (video,) = find_videos([sample_folder / name])
-    record = probe_video(video)
+    record = probe(sample_folder / name)
     assert (record.frames, record.height, record.width) == SAMPLES[name][:3]
     assert record.fps == pytest.approx(SAMPLES[name][3])
     data = (sample_folder / name).read_bytes()
@@ -122,8 +121,7 @@ def test_cut_video_gives_what_can_be_decoded(tmp_path: Path, make_video: MakeVid
     whole = make_video(tmp_path / "whole.avi", frames=60)
     cut = tmp_path / "cut.avi"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    (video,) = find_videos([cut])
-    assert 0 < probe_video(video).frames < 60
+    assert 0 < probe(cut).frames < 60
 
 
 def test_empty_folder_is_refused(tmp_path: Path) -> None:

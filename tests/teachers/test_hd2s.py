@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ from stores.maps import MapLayout, render_maps
 from student.checkpoints import CheckpointError
 from student.reference import WeightsError
 from teachers.hd2s import MAPS, Hd2s, Hd2sTeacher
+from tests.teachers.goldens import KEPT, filled
 
 GAINS = {f"decoder{level}.last_conv{level}.weight": 2.0 for level in (2, 3, 4, 5)} | {
     "last_conv.weight": 4.0
 }
-
-KEPT = ("shape", "sum", "abssum", "std", "min", "max", "sub")
-"""What the goldens keep of an array."""
 
 
 def imported(weights: Mapping[str, Any]) -> Hd2s:
@@ -32,29 +29,9 @@ def imported(weights: Mapping[str, Any]) -> Hd2s:
     return teacher.network
 
 
-def fill(key: str, shape: tuple[int, ...]) -> Tensor:
-    """What the rule of the goldens says of a parameter: its name alone decides."""
-    rng = np.random.default_rng(zlib.crc32(key.encode()))
-    leaf = key.rsplit(".", 1)[-1]
-    if leaf == "num_batches_tracked":
-        return torch.tensor(0)
-    if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
-        values = rng.uniform(0.5, 1.5, shape)
-    elif leaf == "weight":
-        gain = GAINS.get(key, 1.0)
-        values = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:])) * gain
-    else:
-        values = 0.1 * rng.standard_normal(shape)
-        if leaf == "bias" and shape[0] in (2, 3, 4):
-            values += 1.0
-    return torch.from_numpy(values.astype(np.float32))
-
-
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    with torch.device("meta"):
-        published = Hd2s().state_dict()
-    return {key: fill(key, tuple(tensor.shape)) for key, tensor in published.items()}
+    return filled(Hd2s, gains=GAINS, lifts_few=True)
 
 
 @pytest.fixture(scope="module")

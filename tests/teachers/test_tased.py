@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from stores.frames import resize_frames
 from stores.maps import MapLayout, render_maps
 from student.reference import WeightsError
 from teachers.tased import Switches, Tased, TasedTeacher, unpool
+from tests.teachers.goldens import KEPT, filled
 
 GAINS = {"convtsp4.13.weight": 0.1}
 
@@ -26,35 +26,13 @@ STEPS = {"y3": 8, "y2": 8, "y1": 4, "y0": 4, "z1": 4, "i2": 8, "i1": 8, "i0": 8}
     name: 8 for name in ("u1", "z2", "u2", "z3", "u3", "z4_half")
 }
 """Every how many rows and columns the goldens keep of an array; of the maps it is 4."""
-KEPT = ("shape", "sum", "abssum", "std", "min", "max", "sub")
-"""What the goldens keep of an array."""
 NEAR = 1e-5
 """Difference of two values, relative to them, that rounding may turn around."""
 
 
-def fill(key: str, shape: tuple[int, ...]) -> Tensor:
-    """What the rule of the goldens says of a parameter: its name alone decides."""
-    rng = np.random.default_rng(zlib.crc32(key.encode()))
-    leaf = key.rsplit(".", 1)[-1]
-    if leaf == "num_batches_tracked":
-        return torch.tensor(0)
-    if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
-        values = rng.uniform(0.5, 1.5, shape)
-    elif leaf == "weight":
-        gain = GAINS.get(key, 1.0)
-        values = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:])) * gain
-    else:
-        values = 0.1 * rng.standard_normal(shape)
-        if leaf == "bias" and shape[0] in (2, 3, 4):
-            values += 1.0
-    return torch.from_numpy(values.astype(np.float32))
-
-
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    with torch.device("meta"):
-        published = Tased().state_dict()
-    return {key: fill(key, tuple(tensor.shape)) for key, tensor in published.items()}
+    return filled(Tased, gains=GAINS, lifts_few=True)
 
 
 def imported(weights: Mapping[str, Any]) -> TasedTeacher:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from stores.maps import MapLayout, render_maps
 from student.reference import WeightsError
 from teachers.base import Precision
 from teachers.unisal import PROTOCOLS, Domain, Unisal, UnisalTeacher, smooth
+from tests.teachers.goldens import filled
 
 GOLDENS = (
     "dhf1k_native",
@@ -32,23 +32,6 @@ TOLERANCE = 2e-3
 """Of log-probabilities and states; the goldens' own float32 noise is up to 7.2e-4."""
 
 
-def fill(key: str, shape: tuple[int, ...]) -> Tensor:
-    """What the rule of the goldens says of a parameter: its name alone decides."""
-    rng = np.random.default_rng(zlib.crc32(key.encode()))
-    leaf = key.rsplit(".", 1)[-1]
-    if leaf == "num_batches_tracked":
-        return torch.tensor(0)
-    if leaf.startswith("coarse_gaussians"):
-        values = np.array([0.5, -1.0]) + np.array([0.25, 0.5]) * rng.standard_normal(shape)
-    elif leaf == "running_var" or leaf.startswith("a_") or (leaf == "weight" and len(shape) == 1):
-        values = rng.uniform(0.5, 1.5, shape)
-    elif leaf == "weight":
-        values = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
-    else:
-        values = 0.1 * rng.standard_normal(shape)
-    return torch.from_numpy(values.astype(np.float32))
-
-
 @pytest.fixture(autouse=True)
 def one_thread(threads_of_the_process: None) -> None:
     """Such small pictures are not worth sharing out."""
@@ -57,9 +40,7 @@ def one_thread(threads_of_the_process: None) -> None:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    with torch.device("meta"):
-        published = Unisal().state_dict()
-    return {key: fill(key, tuple(tensor.shape)) for key, tensor in published.items()}
+    return filled(Unisal)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,32 +21,10 @@ from teachers.base import Teacher
 from teachers.network import NetworkTeacher
 from teachers.s3d import S3d
 from teachers.vinet import Double, Levels, Vinet, VinetTeacher
+from tests.teachers.goldens import filled
 
 GAINS = {"decoder.convtsp4.8.weight": 0.25, "decoder.convtsp6.7.weight": 0.002}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def fill(key: str, shape: tuple[int, ...]) -> Tensor:
-    """What the rule of the goldens says of a parameter: its name alone decides."""
-    rng = np.random.default_rng(zlib.crc32(key.encode()))
-    leaf = key.rsplit(".", 1)[-1]
-    if leaf == "num_batches_tracked":
-        return torch.tensor(0)
-    if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
-        values = rng.uniform(0.5, 1.5, shape)
-    elif leaf == "weight":
-        gain = GAINS.get(key, 1.0)
-        values = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:])) * gain
-    else:
-        values = 0.1 * rng.standard_normal(shape)
-    return torch.from_numpy(values.astype(np.float32))
-
-
-def filled(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """Weights of a network by the rule of the goldens."""
-    with torch.device("meta"):
-        published = build().state_dict()
-    return {key: fill(key, tuple(tensor.shape)) for key, tensor in published.items()}
 
 
 def described(network: nn.Module) -> list[list[object]]:
@@ -194,7 +171,7 @@ def imported(weights: Mapping[str, Any]) -> Vinet:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    return filled(Vinet)
+    return filled(Vinet, gains=GAINS)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,9 @@ from teachers.vinet_s import (
     VinetS,
     VinetSTeacher,
 )
+from tests.teachers.goldens import filled
 from tests.teachers.test_vinet import (
+    GAINS,
     by_hand,
     check_composed,
     check_features,
@@ -31,7 +33,6 @@ from tests.teachers.test_vinet import (
     check_random_weights,
     close,
     described,
-    filled,
     golden_clip,
     label,
     layers_of,
@@ -45,7 +46,7 @@ PROTOCOL = "window_protocol_vinet_unisal.json"
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    return filled(VinetS)
+    return filled(VinetS, gains=GAINS)
 
 
 def teacher_of(
@@ -68,7 +69,7 @@ def aligned(weights: dict[str, Tensor]) -> VinetSTeacher:
 
 @pytest.fixture(scope="module")
 def action_weights() -> dict[str, Tensor]:
-    return filled(VinetA)
+    return filled(VinetA, gains=GAINS)
 
 
 @pytest.fixture(scope="module")
