@@ -209,7 +209,9 @@ def distill_command(
     from fractions import Fraction
 
     from distill import Budget, DistillSettings, label_videos
+    from distill.memory import keep_freed_memory
 
+    keep_freed_memory()  # of what is labelled in this very process
     if not (videos or lists):
         raise click.UsageError("name VIDEOS, or a list of them with --videos-from")
     if calibrate and not dry_run:

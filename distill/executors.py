@@ -27,6 +27,7 @@ from distill.events import (
     WorkerEvent,
     failure_of,
 )
+from distill.memory import KEEP_FREED
 from distill.plan import Task, Unit
 from distill.worker import LabelWorker, WorkerError, WorkerInfo, WorkerSettings
 from stores.errors import TargetStoreError
@@ -557,14 +558,15 @@ def start_ray(address: str | None, *, teacher: str = "") -> None:
         # Every machine works with the code of this one, installed there or not.
         here = Path(__file__).resolve().parent.parent
         modules = [str(here / name) for name in PACKAGES] + _package_of(teacher)
+        environment = {"py_modules": modules, "env_vars": dict(KEEP_FREED)}
         try:
-            ray.init(address=address, runtime_env={"py_modules": modules}, **quiet)
+            ray.init(address=address, runtime_env=environment, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             lines = str(error).strip().splitlines()
             said = lines[0].strip("'").rstrip(".") if lines else type(error).__name__
             raise WorkerError(f"cannot use the Ray cluster at {address}: {said}") from error
         return
-    with _importable_by_children():
+    with _environment_of_children():
         ray.init(
             address="local",
             include_dashboard=False,
@@ -641,15 +643,20 @@ def _is_running(pid: int) -> bool:
 
 
 @contextmanager
-def _importable_by_children() -> Iterator[None]:
-    """Let processes started inside import these packages, wherever the working directory is."""
-    before = os.environ.get("PYTHONPATH")
+def _environment_of_children() -> Iterator[None]:
+    """Let processes started inside import these packages, and keep the memory that they free."""
     here = str(Path(__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, before)))
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    changed = {"PYTHONPATH": path} | {
+        name: value for name, value in KEEP_FREED.items() if name not in os.environ
+    }
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -256,7 +256,7 @@ class Hd2sTeacher(NetworkTeacher):
         if self.spec.head_policy == "released":
             is_head = torch.tensor([frame < HEAD for frame in span], device=windows.device)
             windows[is_head] = windows[is_head].flip(1)
-        return self.logits(windows)
+        return self.logits(self.lay_out(windows))
 
     def logits(self, windows: Features) -> dict[str, Tensor]:
         (array,) = self.spec.layout.arrays
@@ -276,7 +276,7 @@ class Hd2sTeacher(NetworkTeacher):
             ValueError: If the windows have not 16 frames or a size that is no multiple of 32.
         """
         with self._arithmetic():
-            maps: Hd2sMaps = self.network(windows)
+            maps: Hd2sMaps = self.network(self.lay_out(windows))
         return {name: values.float() for name, values in maps._asdict().items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -16,7 +17,7 @@ from stores.videos import hash_file
 from student.checkpoints import FORMAT, read_whole
 from student.reference import WeightsError
 from teachers.base import Precision, Teacher, TeacherSpec
-from teachers.shared import WindowRun
+from teachers.shared import Features, WindowRun
 
 WRAPPERS: Final = ("state_dict", "model", "model_state_dict", "student_model")
 """Entries in which a file may hold the weights."""
@@ -59,7 +60,7 @@ class NetworkTeacher(Teacher):
         self.network: nn.Module = self._random_network()
         self._weights_sha256: str | None = None
         super().__init__(self.make_spec(), device=device, precision=precision)
-        self.network.to(self.device)
+        self._settle()
         if weights is not None:
             self.read_weights(weights)
 
@@ -78,19 +79,44 @@ class NetworkTeacher(Teacher):
         self, frames: Tensor, *, first: int, span: range, num_frames: int
     ) -> Mapping[str, Tensor]:
         """Label a span; consecutive windows share what they have in common, where they can."""
-        if not self.shares_windows:
-            return super().label_span(frames, first=first, span=span, num_frames=num_frames)
+        windows = [self.window(frame, num_frames) for frame in span]
+        runs = _runs(windows) if self.shares_windows else [[window] for window in windows]
         parts = []
-        for group in _runs([self.window(frame, num_frames) for frame in span]):
-            begin = group[0][0] - first
-            if len(group) > 1:
-                stop = group[-1][-1] - first + 1
-                run = WindowRun.of(frames[begin:stop], len(group[0]))
-                parts.append(self.logits(run))  # type: ignore[arg-type]  # it shares
+        for is_alone, group in groupby(runs, key=lambda run: len(run) == 1):
+            if is_alone:
+                alone = torch.tensor([window for run in group for window in run])
+                parts.append(self.logits(self.lay_out(frames[alone - first].transpose(1, 2))))
             else:
-                windows = frames[torch.tensor(group) - first].transpose(1, 2)
-                parts.append(self.logits(windows))
+                parts += [self._label_run(frames, run, first=first) for run in group]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _label_run(
+        self, frames: Tensor, windows: Sequence[Sequence[int]], *, first: int
+    ) -> Mapping[str, Tensor]:
+        is_reversed = windows[0][0] > windows[0][-1]
+        seen = frames[min(windows[0]) - first : max(windows[-1]) - first + 1]
+        if is_reversed:  # the last window is the first one of a video that runs backwards
+            seen = seen.flip(0)
+        planes = self.logits(WindowRun.of(self.lay_out(seen), len(windows[0])))
+        if not is_reversed:
+            return planes
+        return {name: values.flip(0) for name, values in planes.items()}
+
+    @abstractmethod
+    def logits(self, windows: Features) -> Mapping[str, Tensor]:
+        """Run the network on whole windows; see :meth:`teachers.base.Teacher.logits`."""
+
+    def lay_out(self, tensor: Tensor) -> Tensor:
+        """Bring frames, windows or weights into the memory layout in which the network is fast.
+
+        Channels together: ``benchmarks/teachers.py`` says what that is worth on a CPU. Tensor cores
+        want it, too, and they work below float32 only.
+        """
+        is_last = self.device.type == "cpu" or self.precision != "float32"
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+        if layout is None or not is_last:
+            return tensor.contiguous()
+        return tensor.contiguous(memory_format=layout)
 
     @torch.inference_mode()
     def predict(self, windows: Tensor) -> dict[str, Tensor]:
@@ -104,7 +130,8 @@ class NetworkTeacher(Teacher):
         """
         layout = self.spec.layout
         with self._arithmetic():
-            planes = {name: values.float() for name, values in self.logits(windows).items()}
+            logits = self.logits(self.lay_out(windows))
+        planes = {name: values.float() for name, values in logits.items()}
         size = {"height": layout.height, "width": layout.width}
         return render_maps(planes, layout, layout.names, **size)
 
@@ -157,7 +184,13 @@ class NetworkTeacher(Teacher):
         self.network = network.eval().requires_grad_(requires_grad=False)
         self.spec = self.make_spec()
         self._weights_sha256 = _digest(given)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Bring the network to where it runs."""
         self.network.to(self.device)
+        for parameter in self.network.parameters():
+            parameter.data = self.lay_out(parameter.data)
 
     def _random_network(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -168,16 +201,15 @@ class NetworkTeacher(Teacher):
 
 
 def _runs(windows: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
-    """Group windows of consecutive frames that begin one frame after the other."""
+    """Group windows that begin one frame after the other and run the same way in time."""
     runs: list[list[Sequence[int]]] = []
-    last: Sequence[int] = ()
-    for window in windows:
-        is_forward = list(window) == list(range(window[0], window[0] + len(window)))
-        if is_forward and last and runs and last[0] + 1 == window[0]:
+    for window in map(list, windows):
+        way = 1 if window[0] <= window[-1] else -1
+        is_gapless = window == list(range(window[0], window[-1] + way, way))
+        if runs and is_gapless and [frame + 1 for frame in runs[-1][-1]] == window:
             runs[-1].append(window)
         else:
             runs.append([window])
-        last = window if is_forward else ()
     return runs
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.shared import Features, Sharing, join, through, whole
+from teachers.shared import Features, Sharing, convolve_norm, join, through, whole
 
 NORM_EPS: Final = 1e-3
 NORM_MOMENTUM: Final = 0.001
@@ -60,7 +59,7 @@ class Basic3d(Sharing):
         self.bn = _norm(out_channels)
 
     def forward(self, features: Features) -> Features:
-        return _normed(self.conv, self.bn, features)
+        return convolve_norm(features, self.conv, self.bn)
 
 
 class Sep3d(Sharing):
@@ -98,8 +97,8 @@ class Sep3d(Sharing):
         self.bn_t = _norm(out_channels)
 
     def forward(self, features: Features) -> Features:
-        features = _normed(self.conv_s, self.bn_s, features)
-        return _normed(self.conv_t, self.bn_t, features)
+        features = convolve_norm(features, self.conv_s, self.bn_s)
+        return convolve_norm(features, self.conv_t, self.bn_t)
 
 
 class Mixed(Sharing):
@@ -176,13 +175,6 @@ class S3d(Sharing):
         f4 = through(self.block4, f3)
         f5 = through(self.block5, f4)
         return S3dLevels(f1, whole(f2), whole(f3), whole(f4), whole(f5))
-
-
-def _normed(conv: nn.Conv3d, norm: nn.Module, features: Features) -> Features:
-    convolved = through(conv, features)
-    if isinstance(convolved, Tensor):
-        return F.relu(norm(convolved))
-    return convolved.framewise(lambda part: F.relu(norm(part)))
 
 
 def _norm(channels: int) -> nn.BatchNorm3d:

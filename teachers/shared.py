@@ -5,50 +5,58 @@ function of some frames alone, as long as no padding at the window's ends reache
 that hold those frames at the same phase of the layer's stride have the same values there. Such
 *clean* positions are computed once for the run of windows, the others for each window.
 
-Layers see a run through :func:`through`, which takes a tensor of whole windows just as well: a
-network is written once.
+Layers see a run through :func:`through` and :func:`convolve`, which take a tensor of whole windows
+just as well: a network is written once. A convolution over time must not be dilated.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-# Shapes: B windows, C channels, T positions, H height, W width, D frames at which a clean position
-# of some window lies.
+Triple = tuple[int, int, int]
+
+# Shapes: B windows, C channels, T positions of a window, H height, W width; S phases, D positions
+# of a phase.
 
 
 @dataclass(frozen=True)
 class WindowRun:
     """Features of consecutive windows: clean positions once, the others window by window.
 
-    Position ``p`` of the window that begins at frame ``s`` lies at frame ``s + stride * p``.
+    Behind a stride of S frames, only each S-th window holds the same positions. Windows are told
+    apart by that phase, so that layers see S sequences without gaps: position ``p`` of window ``w``
+    is position ``w // S + p - clean.start`` of phase ``w % S``.
     """
 
     windows: int
-    """B: they begin at frames 0, 1, 2, ..."""
+    """B: each begins one frame after the one before."""
     length: int
     """T: positions of a window."""
-    stride: int
-    """Frames between two positions."""
     clean: range
     """Positions that are shared, not empty."""
     shared: Tensor
-    """``(1, C, D, H, W)``, of the frames from ``stride * clean.start`` on."""
-    lead: Tensor
-    """``(B, C, clean.start, H, W)``, the positions before the clean ones."""
-    trail: Tensor
-    """``(B, C, T - clean.stop, H, W)``, the positions after them."""
+    """``(S, C, D, H, W)``, the clean positions"""
+    ends: Tensor
+    """``(B, C, T - len(clean), H, W)``, the positions before them and those after them"""
 
     @property
     def shape(self) -> torch.Size:
         """Of the whole windows, ``(B, C, T, H, W)``."""
-        shared = self.shared.shape
-        return torch.Size((self.windows, shared[1], self.length, *shared[3:]))
+        _, channels, _, height, width = self.shared.shape
+        return torch.Size((self.windows, channels, self.length, height, width))
+
+    @property
+    def phases(self) -> int:
+        """S: frames between two positions."""
+        return self.shared.shape[0]
 
     @classmethod
     def of(cls, frames: Tensor, length: int) -> WindowRun:
@@ -59,23 +67,18 @@ class WindowRun:
             length: Frames of a window.
         """
         windows = len(frames) - length + 1
-        nothing = frames.new_empty(windows, frames.shape[1], 0, *frames.shape[2:])
-        shared = frames.transpose(0, 1)[None]
-        return cls(windows, length, 1, range(length), shared, nothing, nothing)
+        shared = frames[None].transpose(1, 2)
+        return cls(windows, length, range(length), shared, _nothing(shared, windows))
 
     def framewise(self, layer: Callable[[Tensor], Tensor]) -> WindowRun:
         """Apply what looks at single positions."""
-        lead, trail = self.lead.shape[2], self.trail.shape[2]
         shared = layer(self.shared)
-        if not lead + trail:
-            empty = shared.new_empty(self.windows, shared.shape[1], 0, *shared.shape[3:])
-            return replace(self, shared=shared, lead=empty, trail=empty)
-        ends = layer(torch.cat([self.lead, self.trail], 2))
-        return replace(self, shared=shared, lead=ends[:, :, :lead], trail=ends[:, :, lead:])
+        ends = layer(self.ends) if self.ends.shape[2] else _nothing(shared, self.windows)
+        return replace(self, shared=shared, ends=ends)
 
     def over_time(
         self,
-        layer: Callable[[Tensor, int, int], Tensor],
+        layer: Callable[[Tensor], Tensor],
         *,
         kernel: int,
         stride: int,
@@ -85,50 +88,75 @@ class WindowRun:
         """Apply what looks at several positions.
 
         Args:
-            layer: Called with features, without padding in time, stride and dilation in time.
+            layer: Applied to features, without padding in time.
             kernel: Positions that it looks at.
             stride: Positions between two results.
             padding: Positions that are added at either end of a window.
             fill: What they hold.
 
         Returns:
-            A run, or whole windows where no two windows share a position any more.
+            A run, or whole windows where sharing would save nothing any more.
         """
         length = (self.length + 2 * padding - kernel) // stride + 1
         first = -(-(self.clean.start + padding) // stride)
         last = (self.clean.stop - 1 + padding - kernel + 1) // stride
         clean = range(first, last + 1)
-        if len(clean) < 2:
-            padded = F.pad(self.whole(), (0, 0, 0, 0, padding, padding), value=fill)
-            return layer(padded, stride, 1)
-        # Clean results lie at every frame, whatever its phase: neighbours are a stride apart.
-        begin = (stride * clean.start - padding - self.clean.start) * self.stride
-        reach = self.windows - 1 + self.stride * stride * (len(clean) - 1)
-        span = self.stride * (kernel - 1) + reach + 1
-        shared = layer(self.shared[:, :, begin : begin + span], 1, self.stride)
-        before = self.positions(0, stride * (clean.start - 1) - padding + kernel)
-        lead = layer(F.pad(before, (0, 0, 0, 0, padding, 0), value=fill), stride, 1)
-        after = self.positions(stride * clean.stop - padding, self.length)
-        trail = layer(F.pad(after, (0, 0, 0, 0, 0, padding), value=fill), stride, 1)
-        return WindowRun(
-            self.windows,
-            length,
-            self.stride * stride,
-            clean,
-            shared,
-            lead[:, :, : clean.start],
-            trail[:, :, : length - clean.stop],
+        phases = self.phases * stride
+        depth = -(-self.windows // phases) + len(clean) - 1
+        if not clean or phases * depth >= self.windows * len(clean):
+            return layer(self.positions(-padding, self.length + padding, fill=fill))
+        # Windows of one phase were of one phase before; of those, each stride-th one.
+        begin = stride * clean.start - padding - self.clean.start
+        span = stride * (depth - 1) + kernel
+        missing = begin + stride - 1 + span - self.shared.shape[2]  # of windows that do not exist
+        source = F.pad(self.shared, (0, 0, 0, 0, 0, missing)) if missing > 0 else self.shared
+        shared = [layer(source[:, :, begin + late :][:, :, :span]) for late in range(stride)]
+        ends = []
+        if clean.start:
+            stop = stride * (clean.start - 1) - padding + kernel
+            ends.append(layer(self.positions(-padding, stop, fill=fill)))
+        if clean.stop < length:
+            start, stop = (stride * position - padding for position in (clean.stop, length - 1))
+            ends.append(layer(self.positions(start, stop + kernel, fill=fill)))
+        joined = _join(ends, 2) if ends else _nothing(shared[0], self.windows)
+        return WindowRun(self.windows, length, clean, _join(shared, 0), joined)
+
+    def positions(self, start: int, stop: int, *, fill: float = 0.0) -> Tensor:
+        """Return some positions of each window, ``(B, C, stop - start, H, W)``.
+
+        Args:
+            start: The first one; negative ones lie before the window.
+            stop: Behind the last one; there may be some behind the window.
+            fill: What those outside of the window hold.
+        """
+        _, channels, _, height, width = self.shared.shape
+        is_last = self.shared.stride(1) == 1
+        result = torch.empty(
+            (self.windows, channels, stop - start, height, width),
+            dtype=self.shared.dtype,
+            device=self.shared.device,
+            memory_format=torch.channels_last_3d if is_last else torch.contiguous_format,
         )
 
-    def positions(self, start: int, stop: int) -> Tensor:
-        """Return some positions of each window, ``(B, C, stop - start, H, W)``."""
-        lead = self.lead[:, :, start : min(stop, self.clean.start)]
-        middle = range(max(start, self.clean.start), min(stop, self.clean.stop))
-        trail = self.trail[:, :, max(0, start - self.clean.stop) : max(0, stop - self.clean.stop)]
-        parts = [part for part in (lead, self._clean(middle), trail) if part.shape[2]]
-        if not parts:
-            return lead
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        def overlap(low: int, high: int) -> tuple[slice, int, int]:  # in the result, from, to
+            low = min(stop, max(start, low))
+            high = max(low, min(stop, high))
+            return slice(low - start, high - start), low, high
+
+        for edge in (overlap(start, 0), overlap(self.length, stop)):
+            result[:, :, edge[0]] = fill
+        for edge, gap in (
+            (overlap(0, self.clean.start), 0),
+            (overlap(self.clean.stop, self.length), len(self.clean)),
+        ):
+            target, low, high = edge
+            result[:, :, target] = self.ends[:, :, low - gap : high - gap]
+        target, low, high = overlap(self.clean.start, self.clean.stop)
+        for window in range(self.windows):
+            late, phase = divmod(window, self.phases)
+            gap = self.clean.start - late
+            result[window, :, target] = self.shared[phase, :, low - gap : high - gap]
+        return result
 
     def whole(self) -> Tensor:
         """Return whole windows, ``(B, C, T, H, W)``."""
@@ -138,23 +166,11 @@ class WindowRun:
         """Return the run with fewer clean positions."""
         if clean == self.clean:
             return self
-        begin = (clean.start - self.clean.start) * self.stride
-        reach = self.windows + self.stride * (len(clean) - 1)
-        return replace(
-            self,
-            clean=clean,
-            shared=self.shared[:, :, begin : begin + reach],
-            lead=self.positions(0, clean.start),
-            trail=self.positions(clean.stop, self.length),
-        )
-
-    def _clean(self, positions: range) -> Tensor:
-        begin = (positions.start - self.clean.start) * self.stride
-        windows = [
-            self.shared[:, :, begin + window :][:, :, : self.stride * len(positions) : self.stride]
-            for window in range(self.windows)
-        ]
-        return torch.cat([window[:, :, : len(positions)] for window in windows], 0)
+        begin = clean.start - self.clean.start
+        depth = self.shared.shape[2] - len(self.clean) + len(clean)
+        ends = [self.positions(0, clean.start), self.positions(clean.stop, self.length)]
+        shared = self.shared[:, :, begin : begin + depth]
+        return replace(self, clean=clean, shared=shared, ends=_join(ends, 2))
 
 
 Features = WindowRun | Tensor
@@ -166,40 +182,73 @@ class Sharing(nn.Module):
 
 def through(layer: nn.Module, features: Features) -> Features:
     """Apply a layer: a convolution, a pool, or what looks at single positions."""
+    if isinstance(features, Tensor) or isinstance(layer, Sharing):
+        result: Features = layer(features)
+        return result
     if isinstance(layer, nn.Sequential):
         for part in layer:
             features = through(part, features)
         return features
-    if isinstance(features, Tensor) or isinstance(layer, Sharing):
-        result: Features = layer(features)
-        return result
     if isinstance(layer, nn.Conv3d):
-        kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
-        if kernel == 1 and stride == 1:
-            return features.framewise(layer)
-        pads, steps = (int(p) for p in layer.padding[1:]), layer.stride[1:]
-        height, width = pads
-
-        def convolve(x: Tensor, every: int, dilation: int) -> Tensor:
-            return F.conv3d(
-                x, layer.weight, layer.bias, (every, *steps), (0, height, width), (dilation, 1, 1)
-            )
-
-        return features.over_time(convolve, kernel=kernel, stride=stride, padding=padding, fill=0.0)
+        return convolve(features, layer, layer.weight, layer.bias)
     if isinstance(layer, nn.MaxPool3d):
-        kernels, strides, paddings = map(_triple, (layer.kernel_size, layer.stride, layer.padding))
-        if kernels[0] == 1 and strides[0] == 1:
-            return features.framewise(layer)
+        kernel, stride, padding = map(_triple, (layer.kernel_size, layer.stride, layer.padding))
 
-        def pool(x: Tensor, every: int, dilation: int) -> Tensor:
-            return F.max_pool3d(
-                x, kernels, (every, *strides[1:]), (0, *paddings[1:]), (dilation, 1, 1)
-            )
+        def pool(x: Tensor) -> Tensor:
+            return F.max_pool3d(x, kernel, stride, (0, *padding[1:]))
 
-        return features.over_time(
-            pool, kernel=kernels[0], stride=strides[0], padding=paddings[0], fill=-torch.inf
-        )
+        return _over_time(features, pool, kernel, stride, padding, -torch.inf)
     return features.framewise(layer)
+
+
+def convolve(features: Features, like: nn.Conv3d, weight: Tensor, bias: Tensor | None) -> Features:
+    """Apply a convolution with other weights than its own."""
+    padding = _triple(like.padding)  # type: ignore[arg-type]  # none is said in words
+
+    def apply(x: Tensor, padding: Triple) -> Tensor:
+        return F.conv3d(x, weight, bias, like.stride, padding, like.dilation, like.groups)
+
+    if isinstance(features, Tensor):
+        return apply(features, padding)
+
+    def apply_within(x: Tensor) -> Tensor:
+        return apply(x, (0, *padding[1:]))
+
+    return _over_time(features, apply_within, like.kernel_size, like.stride, padding, 0.0)
+
+
+@overload
+def convolve_norm(
+    features: Tensor, conv: nn.Conv3d, norm: nn.BatchNorm3d, *, relu: bool = True
+) -> Tensor: ...
+
+
+@overload
+def convolve_norm(
+    features: Features, conv: nn.Conv3d, norm: nn.BatchNorm3d, *, relu: bool = True
+) -> Features: ...
+
+
+def convolve_norm(
+    features: Features, conv: nn.Conv3d, norm: nn.BatchNorm3d, *, relu: bool = True
+) -> Features:
+    """Apply a convolution, its norm and, if not told otherwise, a ReLU.
+
+    Where the norm would touch more numbers than there are weights, it is worked into the weights.
+    They are not kept: whoever changes the network's weights need not know.
+    """
+    finish = F.relu_ if relu else nn.Identity()
+    outputs = math.prod(features.shape) // conv.in_channels * conv.out_channels
+    if norm.training or outputs // math.prod(conv.stride) <= conv.weight.numel():
+        features = convolve(features, conv, conv.weight, conv.bias)
+        return _framewise(lambda x: finish(norm(x)), features)
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    weight, bias = fuse_conv_bn_weights(
+        *(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)
+    )
+    return _framewise(finish, convolve(features, conv, weight, bias))
 
 
 def join(parts: Sequence[Features]) -> Features:
@@ -214,8 +263,7 @@ def join(parts: Sequence[Features]) -> Features:
     return replace(
         runs[0],
         shared=torch.cat([run.shared for run in runs], 1),
-        lead=torch.cat([run.lead for run in runs], 1),
-        trail=torch.cat([run.trail for run in runs], 1),
+        ends=torch.cat([run.ends for run in runs], 1),
     )
 
 
@@ -224,7 +272,34 @@ def whole(features: Features) -> Tensor:
     return features if isinstance(features, Tensor) else features.whole()
 
 
-def _triple(value: int | tuple[int, ...]) -> tuple[int, int, int]:
+def _framewise(layer: Callable[[Tensor], Tensor], features: Features) -> Features:
+    return layer(features) if isinstance(features, Tensor) else features.framewise(layer)
+
+
+def _over_time(
+    run: WindowRun,
+    layer: Callable[[Tensor], Tensor],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    fill: float,
+) -> Features:
+    if kernel[0] == 1 and stride[0] == 1:
+        return run.framewise(layer)
+    return run.over_time(layer, kernel=kernel[0], stride=stride[0], padding=padding[0], fill=fill)
+
+
+def _nothing(like: Tensor, windows: int) -> Tensor:
+    """Return no positions at all of windows with the channels and the size of some features."""
+    _, channels, _, height, width = like.shape
+    return like.new_empty(windows, channels, 0, height, width)
+
+
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _triple(value: int | tuple[int, ...]) -> Triple:
     if isinstance(value, int):
         return value, value, value
     first, second, third = value

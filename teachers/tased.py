@@ -20,6 +20,7 @@ from stores.maps import MapLayout, MapSpec
 from teachers.base import TeacherSpec, reflect, window_of
 from teachers.network import NetworkTeacher
 from teachers.s3d import NORM_EPS, NORM_MOMENTUM, Basic3d, Mixed, Sep3d
+from teachers.shared import Features, through, whole
 
 WINDOW: Final = 32
 HEAD: Final = WINDOW - 1
@@ -105,7 +106,7 @@ class Tased(nn.Module):
     def forward(self, clip: Tensor) -> Tensor:
         return self.logits(clip).sigmoid().squeeze(1)
 
-    def logits(self, clip: Tensor) -> Tensor:
+    def logits(self, clip: Features) -> Tensor:
         """Return the saliency map before its activation, ``(B, 1, H, W)``.
 
         Raises:
@@ -117,19 +118,20 @@ class Tased(nn.Module):
         _check_size(height, width)
         return self.decode(*self.encode(clip))
 
-    def encode(self, clip: Tensor) -> tuple[Tensor, Switches]:
+    def encode(self, clip: Features) -> tuple[Tensor, Switches]:
         """Return features ``(B, 1024, 4, H / 32, W / 32)`` and where their maxima came from.
 
         The decoder has 4 frames throughout, so the two finer switches are those of features whose
         frames were brought to 4. The encoder itself goes on from all frames.
         """
-        features = self.base1(clip)  # B 192 T/2 H/4 W/4
-        _, fine = self.find_maxima(features)
-        features = self.base2(self.maxp2(features))  # B 480 T/2 H/8 W/8
-        _, middle = self.find_maxima(features)
-        features = self.base3(self.maxp3(features))  # B 832 T/4 H/16 W/16
-        features, coarse = self.maxp4(self.maxt4(features))  # B 832 T/8 H/32 W/32
-        return self.base4(features), Switches(fine, middle, coarse)
+        pool_frames, pool_pictures = self.find_maxima
+        features = through(self.base1, clip)  # B 192 T/2 H/4 W/4
+        _, fine = pool_pictures(whole(through(pool_frames, features)))
+        features = through(self.base2, through(self.maxp2, features))  # B 480 T/2 H/8 W/8
+        _, middle = pool_pictures(whole(through(pool_frames, features)))
+        features = through(self.base3, through(self.maxp3, features))  # B 832 T/4 H/16 W/16
+        coarsest, coarse = self.maxp4(whole(through(self.maxt4, features)))  # B 832 T/8 H/32 W/32
+        return self.base4(coarsest), Switches(fine, middle, coarse)
 
     def decode(self, features: Tensor, switches: Switches) -> Tensor:
         """Read what :meth:`encode` gave as logits, ``(B, 1, H, W)``."""
@@ -158,6 +160,7 @@ class TasedTeacher(NetworkTeacher):
     """
 
     title = "TASED-Net"
+    shares_windows = True
     network: Tased
 
     def __init__(
@@ -202,7 +205,7 @@ class TasedTeacher(NetworkTeacher):
             return window_of(frame, length=WINDOW)
         return [reflect(index, num_frames) for index in reversed(range(frame, frame + WINDOW))]
 
-    def logits(self, windows: Tensor) -> dict[str, Tensor]:
+    def logits(self, windows: Features) -> dict[str, Tensor]:
         (array,) = self.spec.layout.arrays
         return {array: self.network.logits(windows)}
 
@@ -220,7 +223,7 @@ class TasedTeacher(NetworkTeacher):
             ValueError: If the windows have not 32 frames or a size that is no multiple of 32.
         """
         with self._arithmetic():
-            saliency = self.network(windows)
+            saliency = self.network(self.lay_out(windows))
         return {SALIENCY: saliency.float()}
 
 

@@ -24,6 +24,7 @@ from stores.codec import LOG_DENSITY_FLOOR
 from stores.maps import MapLayout, MapSpec
 from teachers.base import TeacherSpec, normalise_as_imagenet
 from teachers.network import NetworkTeacher
+from teachers.shared import Features, whole
 
 Domain = Literal["DHF1K", "Hollywood", "UCFSports", "SALICON"]
 
@@ -564,7 +565,7 @@ class UnisalTeacher(NetworkTeacher):
             count = len(part)
             padded = F.pad(part, (0, 0) * 3 + (0, self.frame_stride - count))
             output: UnisalOutput = self.network(
-                padded.unsqueeze(1), hidden=[states], source=self.domain, static=False
+                self.lay_out(padded).unsqueeze(1), hidden=[states], source=self.domain, static=False
             )
             assert output.hidden is not None
             planes.append(output.log_probabilities[:count, 0])
@@ -572,9 +573,9 @@ class UnisalTeacher(NetworkTeacher):
         self._states, self._next_frame = states, span.stop
         return self._planes(torch.cat(planes))
 
-    def logits(self, windows: Tensor) -> dict[str, Tensor]:
+    def logits(self, windows: Features) -> dict[str, Tensor]:
         """Return the planes of the last frames of sequences that begin with the first ones."""
-        sequences = windows.transpose(1, 2)
+        sequences = whole(windows).transpose(1, 2)
         self._check_frames(sequences)
         output: UnisalOutput = self.network(
             sequences, source=self.domain, static=not self.is_recurrent

@@ -17,6 +17,7 @@ from stores.maps import MapLayout, MapSpec
 from teachers.base import TeacherSpec, normalise_as_imagenet
 from teachers.network import NetworkTeacher
 from teachers.s3d import S3d
+from teachers.shared import Features, Sharing, through, whole
 
 WINDOW: Final = 32
 HEAD: Final = WINDOW - 1
@@ -41,7 +42,7 @@ class Levels(NamedTuple):
     """``(B, 192, T / 2, H / 4, W / 4)``"""
 
 
-class Backbone(nn.Module):
+class Backbone(Sharing):
     """S3D, cut before its pools instead of behind them.
 
     Shape:
@@ -60,12 +61,12 @@ class Backbone(nn.Module):
         self.maxp4 = s3d.block4[-1]
         self.base4 = s3d.block5
 
-    def forward(self, clip: Tensor) -> Levels:
-        y3 = self.base1(clip)
-        y2 = self.base2(self.maxp2(y3))
-        y1 = self.base3(self.maxp3(y2))
-        y0 = self.base4(self.maxp4(y1))
-        return Levels(y0, y1, y2, y3)
+    def forward(self, clip: Features) -> Levels:
+        y3 = through(self.base1, clip)
+        y2 = through(self.base2, through(self.maxp2, y3))
+        y1 = through(self.base3, through(self.maxp3, y2))
+        y0 = through(self.base4, through(self.maxp4, y1))
+        return Levels(whole(y0), whole(y1), whole(y2), whole(y3))
 
 
 class Double(nn.Module):
@@ -158,7 +159,7 @@ class Vinet(nn.Module):
         self.backbone = Backbone()
         self.decoder = decoder or Decoder()
 
-    def forward(self, clip: Tensor) -> Tensor:
+    def forward(self, clip: Features) -> Tensor:
         logits: Tensor = self.decoder(self.backbone(clip))
         return logits
 
@@ -204,7 +205,7 @@ class MapTeacher(NetworkTeacher):
         )
         return MapLayout(height=height, width=width, maps=(saliency,), saliency="map")
 
-    def logits(self, windows: Tensor) -> dict[str, Tensor]:
+    def logits(self, windows: Features) -> dict[str, Tensor]:
         """Run the network on whole windows; see :meth:`teachers.base.Teacher.logits`.
 
         Raises:
@@ -215,6 +216,8 @@ class MapTeacher(NetworkTeacher):
             raise ValueError(f"{self.title} sees {self.spec.window} frames at once, got {frames}")
         self._check_size(height, width)
         (array,) = self.spec.layout.arrays
+        if not self.shares_windows:
+            windows = whole(windows)
         return {array: self.network(windows)}
 
     @torch.inference_mode()
@@ -231,7 +234,7 @@ class MapTeacher(NetworkTeacher):
             ValueError: If the windows have another length or a size that does not fit the network.
         """
         with self._arithmetic():
-            (planes,) = self.logits(windows).values()
+            (planes,) = self.logits(self.lay_out(windows)).values()
         return {"map": planes.squeeze(1).float().sigmoid()}
 
     def _check_size(self, height: int, width: int) -> None:
@@ -258,6 +261,7 @@ class VinetTeacher(MapTeacher):
     """
 
     title = "ViNet"
+    shares_windows = True
     stride = 32
     network: Vinet
 
@@ -299,7 +303,8 @@ class VinetTeacher(MapTeacher):
 
 def stretch(features: Tensor, height: int, width: int, *, align_corners: bool = False) -> Tensor:
     """Resize all frames of features ``(B, C, T, h, w)`` bilinearly."""
+    batch, _, frames, _, _ = features.shape
+    pictures = features.transpose(1, 2).flatten(0, 1)  # B*T C h w, a view if channels come last
     size = height, width
-    pictures = features.flatten(1, 2)  # B C*T h w
     stretched = F.interpolate(pictures, size, mode="bilinear", align_corners=align_corners)
-    return stretched.reshape(*features.shape[:3], *size)
+    return stretched.reshape(batch, frames, *stretched.shape[1:]).transpose(1, 2)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teachers.base import TeacherSpec, window_of
+from teachers.shared import convolve_norm
 from teachers.vinet import WINDOW, Decoder, Double, MapTeacher, Vinet, VinetTeacher, stretch
 
 Upsampling = Literal["half_pixel", "align_corners"]
@@ -167,11 +168,13 @@ class Bottleneck(nn.Module):
             self.downsample_bn = nn.BatchNorm3d(out_channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        seen = F.relu(self.bn1(self.conv1(features)))
-        seen = F.relu(self.bn2(self.conv2(seen)))
-        seen = self.bn3(self.conv3(seen))
+        seen = convolve_norm(features, self.conv1, self.bn1)
+        seen = convolve_norm(seen, self.conv2, self.bn2)
+        seen = convolve_norm(seen, self.conv3, self.bn3, relu=False)
         if self.projects:
-            features = self.downsample_bn(self.downsample(features))
+            project = self.downsample[0]
+            assert isinstance(project, nn.Conv3d)
+            features = convolve_norm(features, project, self.downsample_bn, relu=False)
         return F.relu(features + seen)
 
 
@@ -206,9 +209,9 @@ class SlowFast(nn.Module):
         self.Tconv4 = _lateral(128, 256)
 
     def forward(self, clip: Tensor) -> SlowFastLevels:
-        fast = _halve(F.relu(self.fast_bn1(self.fast_conv1(clip))))
+        fast = _halve(convolve_norm(clip, self.fast_conv1, self.fast_bn1))
         seldom = clip[:, :, ::FRAMES_PER_SLOW]
-        slow = _halve(F.relu(self.slow_bn1(self.slow_conv1(seldom))))
+        slow = _halve(convolve_norm(seldom, self.slow_conv1, self.slow_bn1))
         skip1 = torch.cat([slow, self.Tconv1(fast)], 1)
         slow, fast = self.slow_res1(skip1), self.fast_res1(fast)
         skip2 = torch.cat([slow, self.Tconv2(fast)], 1)
