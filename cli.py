@@ -209,7 +209,7 @@ def distill_command(
     from fractions import Fraction
 
     from distill import Budget, DistillSettings, label_videos
-    from distill.memory import keep_freed_memory
+    from student.memory import keep_freed_memory
 
     keep_freed_memory()  # of what is labelled in this very process
     if not (videos or lists):
@@ -459,11 +459,14 @@ def teachers_command(ctx: click.Context) -> None:
         if name == "assistant":
             click.echo(f"{name}\n  a TinyHD of a checkpoint (--weights), with the maps that it has")
             continue
-        spec = build(name).spec
-        layout = spec.layout
+        teacher = build(name)
+        spec, layout = teacher.spec, teacher.spec.layout
+        seen = f"{spec.window} frames of {layout.height}x{layout.width}"
+        if teacher.is_recurrent:
+            seen = f"frames of {layout.height}x{layout.width}, one after the other"
         click.echo(
-            f"{name}\n  {spec.paper}\n  weights: {spec.licence}\n  sees {spec.window} frames of "
-            f"{layout.height}x{layout.width}, says: {', '.join(layout.names)}"
+            f"{name}\n  {spec.paper}\n  weights: {spec.licence}\n  sees {seen}, "
+            f"says: {', '.join(layout.names)}"
         )
     click.echo("\nYour own: --teacher package.module:Class, see docs/own-teacher.md.")
 

@@ -27,11 +27,11 @@ from distill.events import (
     WorkerEvent,
     failure_of,
 )
-from distill.memory import KEEP_FREED
 from distill.plan import Task, Unit
 from distill.worker import LabelWorker, WorkerError, WorkerInfo, WorkerSettings
 from stores.errors import TargetStoreError
 from stores.schema import LabelRequest
+from student.memory import KEEP_FREED
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,8 @@ class ShardGrid:
     shard_frames: int
     head_frames: int = 0
     """Frames at a video's beginning that are made from less than a full window."""
+    tail_frames: int = 0
+    """The same at its end."""
 
     def shards(self, video: VideoRow) -> range:
         """Return the shards, counted along the whole frame axis, that hold a video's frames."""
@@ -33,12 +35,14 @@ class ShardGrid:
 
         The first blocks of a larger number are those of a smaller one, whatever else is in the
         store: each block's place in the order comes from seed, content and block alone. Blocks
-        that are not full, or whose windows begin before the video, come last.
+        that are not full, or whose windows reach beyond the video, come last.
         """
 
         def order(shard: int) -> tuple[bool, bytes]:
             span = self.frames_of(shard, video)
-            is_poor = span.start < self.head_frames or len(span) < self.shard_frames
+            full = range(self.head_frames, video.frames - self.tail_frames)
+            is_poor = span.start < full.start or span.stop > full.stop
+            is_poor = is_poor or len(span) < self.shard_frames
             block = shard - self.shards(video).start
             key = video.content_hash + seed.to_bytes(8, "little") + block.to_bytes(8, "little")
             return is_poor, hashlib.sha256(key).digest()

@@ -140,9 +140,11 @@ class LabelRequest:
 
     @property
     def grid(self) -> ShardGrid:
-        is_each = self.provenance.get("labelled_frame") == "each"
-        head_frames = 0 if is_each else self.provenance["window"] - 1
-        return ShardGrid(self.shard_frames, head_frames)
+        labelled = self.provenance.get("labelled_frame", "last")
+        others = self.provenance["window"] - 1
+        head_frames = 0 if labelled == "each" else others
+        tail_frames = others if labelled == "middle" else 0
+        return ShardGrid(self.shard_frames, head_frames, tail_frames)
 
     @property
     def attributes(self) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def wanted_maps(layout: MapLayout, weights: LossWeights) -> list[str]:
     if len(layout.hierarchical) != 4:
         raise ValueError(
             f"the label set has {len(layout.hierarchical)} hierarchical maps, the student four; "
-            "give the hierarchical term the weight 0"
+            "train with the saliency map alone (--hierarchical-weight 0), or choose a label set of "
+            "a teacher that has them"
         )
     return [layout.saliency, *layout.hierarchical]
 

@@ -233,7 +233,7 @@ class Hd2sTeacher(NetworkTeacher):
             window=WINDOW,
             head_policy=self._head_mode,
             layout=_layout(*self._size, self.network.last_conv),
-            batch=4,
+            batch=8,
         )
 
     def normalise(self, frames: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 Triple = tuple[int, int, int]
 
@@ -242,12 +241,13 @@ def convolve_norm(
     if norm.training or outputs // math.prod(conv.stride) <= conv.weight.numel():
         features = convolve(features, conv, conv.weight, conv.bias)
         return _framewise(lambda x: finish(norm(x)), features)
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert variance is not None
-    weight, bias = fuse_conv_bn_weights(
-        *(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)
-    )
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    weight = conv.weight * scale.view(-1, 1, 1, 1, 1)
+    bias = norm.bias - scale * norm.running_mean
+    if conv.bias is not None:
+        bias = bias + scale * conv.bias
     return _framewise(finish, convolve(features, conv, weight, bias))
 
 

@@ -189,7 +189,7 @@ class TasedTeacher(NetworkTeacher):
             window=WINDOW,
             head_policy="time_reversed",
             layout=_layout(*self._size),
-            batch=2,
+            batch=8,
         )
 
     def resize(self, frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -289,7 +289,7 @@ class VinetTeacher(MapTeacher):
             window=WINDOW,
             head_policy="time_reversed",
             layout=self.make_layout(),
-            batch=2,
+            batch=4,
         )
 
     def normalise(self, frames: Tensor) -> Tensor:

@@ -94,7 +94,14 @@ class VinetSTeacher(VinetTeacher):
         return VinetS(align_corners=self.upsampling == "align_corners")
 
     def make_spec(self) -> TeacherSpec:
-        return replace(super().make_spec(), name="vinet-s", paper=PAPER, head_policy="repeat_first")
+        return replace(
+            super().make_spec(),
+            name="vinet-s",
+            paper=PAPER,
+            licence="CC BY-NC-SA (published weights)",
+            head_policy="repeat_first",
+            batch=8,
+        )
 
     def window(self, frame: int, num_frames: int) -> Sequence[int]:
         return [max(0, index) for index in window_of(frame, length=WINDOW)]
@@ -351,8 +358,8 @@ class VinetATeacher(MapTeacher):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """All that decides the targets; the spec has no word for a frame amid its window."""
-        return {**super().provenance, "labelled_frame": "middle", "tail_policy": "repeat_last"}
+        """All that decides the targets, with what stands in for frames after the last one."""
+        return {**super().provenance, "tail_policy": "repeat_last"}
 
     def build_network(self) -> VinetA:
         return VinetA()
@@ -372,6 +379,7 @@ class VinetATeacher(MapTeacher):
             normalisation="(RGB / 255 - 0.45) / 0.225",
             resize_rule="bilinear, antialiased, aspect not kept, rounded to uint8",
             window=WINDOW,
+            labelled_frame="middle",
             head_policy="repeat_first",
             layout=self.make_layout(),
             batch=1,

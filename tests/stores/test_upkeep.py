@@ -16,6 +16,7 @@ from stores.errors import (
     VideoChangedError,
     VideoNotFoundError,
 )
+from stores.grid import ShardGrid
 from stores.targets import TargetStore
 from stores.upkeep import merge, sweep
 from stores.verify import verify_store
@@ -236,3 +237,11 @@ def test_larger_samples_contain_smaller_ones(tmp_path: Path) -> None:
         for name in ("a", "b")
     ]
     assert offsets[0] != offsets[1]
+
+
+def test_blocks_whose_windows_reach_beyond_the_video_come_last(tmp_path: Path) -> None:
+    store = make(tmp_path / "targets.zarr", {"a": 16 * 10})
+    video, grid = store.video("a"), ShardGrid(16, head_frames=31, tail_frames=31)
+    begin = grid.shards(video).start
+    assert {shard - begin for shard in grid.sample(video, blocks=6, seed=3)} == set(range(2, 8))
+    assert len(grid.sample(video, blocks=7, seed=3)) == 7

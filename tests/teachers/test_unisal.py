@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill import Budget, DistillSettings, label_videos
 from stores.codec import LOG_DENSITY_FLOOR
+from stores.decode import decode_video
 from stores.maps import MapLayout, render_maps
+from stores.targets import TargetStore
 from student.reference import WeightsError
 from teachers.base import Precision
 from teachers.unisal import PROTOCOLS, Domain, Unisal, UnisalTeacher, smooth
@@ -452,6 +456,30 @@ def test_pictures_are_labelled_in_any_order_each_by_itself(
         wanted = (maps[0] + np.log(64 * 96)).clamp(min=LOG_DENSITY_FLOOR)
         assert close(labelled, wanted)
     assert "state" not in pictures.predict(frames[:, :, None])
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_store_holds_whole_passes_however_little_of_a_video_is_labelled(
+    weights_file: Path, network: Unisal, video_folder: Path, tmp_path: Path
+) -> None:
+    settings = DistillSettings(
+        teacher="unisal", weights=weights_file, size=(64, 96), shard_frames=16, actors=2
+    )
+    label_videos([video_folder], tmp_path / "whole.zarr", settings)
+    few = replace(settings, budget=Budget(1, seed=3), executor="inline")
+    label_videos([video_folder], tmp_path / "part.zarr", few)
+    whole, part = (TargetStore.open(tmp_path / f"{n}.zarr").label_set() for n in ("whole", "part"))
+    (span,) = part.coverage("long")
+    assert span.start >= 5, "the block must have frames before it"
+    planes = whole.read("long", 0, 70)["maps_64x96"]
+    again = part.read("long", span.start, span.stop)["maps_64x96"]
+
+    teacher = build(weights_file)
+    decoded = decode_video(video_folder / "long.avi")
+    frames = teacher.prepare(np.stack([teacher.resize(frame) for frame in decoded]))
+    wanted = by_hand(network, frames, [range(offset, 70, 5) for offset in range(5)]).numpy()
+    assert np.abs(planes - wanted).max() <= 1 / 64 + TOLERANCE
+    np.testing.assert_array_equal(again, planes[span.start : span.stop])
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
