@@ -42,6 +42,7 @@ from stores.receipts import Receipt
 from stores.schema import environment
 from stores.targets import TargetStore
 from stores.videos import VideoRecord, find_videos
+from student.memory import keep_freed_memory
 
 SHARD_FRAMES = 16
 TEACHERS = {"pqft": "pqft", "hd2s": "teachers.hd2s:Hd2sTeacher"}
@@ -75,6 +76,7 @@ def main() -> None:
 def _compare_with_bare(options: argparse.Namespace, folder: Path) -> None:
     """Bare loops and runs take turns; medians."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as workers do
     video = options.video or _sample_clip()
     shard = min(256, options.frames) if options.name == "pqft" else SHARD_FRAMES
     settings = DistillSettings(teacher=TEACHERS[options.name], shard_frames=shard)
