@@ -2,6 +2,8 @@
 
 Run: python benchmarks/teachers.py [NAME ...] [--batch 8] [--rounds 5] [--threads 2]
      python benchmarks/teachers.py --device cuda --precision bfloat16 --compile
+     python benchmarks/teachers.py vinet --size 32x32 --batch 256    (arithmetic in long batches)
+     python benchmarks/teachers.py --taps
 
 Weights are random. Windows follow each other by one frame, as in a video. Each row adds something
 to the one before it:
@@ -43,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from student.memory import keep_freed_memory
 from teachers import s3d, vinet_s
+from teachers.base import DTYPES
 from teachers.network import NetworkTeacher
 from teachers.registry import build
 from teachers.shared import Features, convolve
@@ -87,12 +90,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--taps", action="store_true", help="of kernels that meet padding alone")
     parser.add_argument("--child", choices=["given back", "kept"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(options.names[0], options)))
         return
+    if options.taps:
+        skip_taps(options)
+        return
     print(f"{options.precision} on {device_name(options)}, median of {options.rounds} rounds")
+    print(f"a dense convolution alone: {dense_rate(options):.0f} GMAC/s")
     for name in options.names or NAMES:
         show(name, options)
 
@@ -102,6 +110,45 @@ def device_name(options: argparse.Namespace) -> str:
     if options.device == "cpu":
         return f"the CPU, {options.threads} threads"
     return torch.cuda.get_device_name(options.device)
+
+
+def dense_rate(options: argparse.Namespace) -> float:
+    """Return how many GMAC a second convolutions can reach: one that has much to do on little."""
+    torch.set_num_threads(options.threads)
+    dtype = DTYPES[options.precision]
+    features = torch.randn(4, 256, 8, 28, 48, device=options.device, dtype=dtype)
+    weight = torch.randn(256, 256, 3, 3, 3, device=options.device, dtype=dtype)
+    features = features.contiguous(memory_format=torch.channels_last_3d)
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        F.conv3d(features, weight, padding=1)
+        if options.device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return features[:, 0].numel() * weight.numel() / min(seconds) / 1e9
+
+
+def skip_taps(options: argparse.Namespace) -> None:
+    """Time HD2S's last temporal reductions with and without taps that only meet padding."""
+    torch.set_num_threads(options.threads)
+    for channels, height, width in ((1024, 6, 8), (832, 6, 8), (480, 12, 16), (192, 24, 32)):
+        features = torch.randn(8, channels, 2, height, width, device=options.device)
+        weight = torch.randn(channels, channels, 3, 1, 1, device=options.device)
+        features = features.contiguous(memory_format=torch.channels_last_3d)
+        kernels = {"padded": (weight, 1), "without such taps": (weight[:, :, 1:], 0)}
+        times: dict[str, list[float]] = {name: [] for name in kernels}
+        for _ in range(4 * options.rounds):
+            for name, (kernel, padding) in kernels.items():
+                kernel = kernel.contiguous(memory_format=torch.channels_last_3d)
+                began = time.perf_counter()
+                F.conv3d(features, kernel, None, (2, 1, 1), (padding, 0, 0))
+                if options.device != "cpu":
+                    torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - began)
+        told = (f"{name} {1e3 * statistics.median(t):.2f} ms" for name, t in times.items())
+        print(f"{channels} channels, 8 windows: {', '.join(told)}")
 
 
 def show(name: str, options: argparse.Namespace) -> None:
@@ -124,7 +171,7 @@ def show(name: str, options: argparse.Namespace) -> None:
     medians = {form: statistics.median(seconds) for form, seconds in times.items()}
     first = medians[PLAIN.name]
     for form, median in medians.items():
-        known = f", {told[form]:.1f} GMAC per window" if form in told else ""
+        known = f", {told[form]:.4g} GMAC per window" if form in told else ""
         print(
             f"  {form:26} {1e3 * median:7.1f} ms per window, {1 / median:6.2f} windows/s, "
             f"{first / median:.2f} times the first row{known}"
