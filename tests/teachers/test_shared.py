@@ -132,3 +132,19 @@ def test_windows_of_a_span_that_have_much_in_common_are_seen_together() -> None:
         *(("WindowRun", 3), ("WindowRun", 7)),  # before and after the head's end
         *(("WindowRun", 5), ("Tensor", 10), ("WindowRun", 5)),  # some go on backwards at the end
     ]
+
+
+def test_a_single_thread_convolves_as_many_do() -> None:
+    """With one thread PyTorch would use a slow convolution of its own for kernels over time."""
+    teacher = Hd2sTeacher(height=32, width=64)
+    frames = teacher.normalise(torch.rand(60, 3, 32, 64))
+    planes, used = [], []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            labelled = teacher.label(frames, first=0, span=range(40, 48), num_frames=60)
+        planes.append(labelled["maps_16x32"])
+        used.append({event.key for event in profile.key_averages()})
+    torch.testing.assert_close(planes[1], planes[0], rtol=1e-4, atol=1e-4)
+    assert "aten::slow_conv3d_forward" not in used[1]
+    assert "aten::mkldnn_convolution" in used[1]
