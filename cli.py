@@ -93,6 +93,25 @@ def cli(*, verbose: bool) -> None:
     _set_up_logging(logging.DEBUG if verbose else logging.INFO)
 
 
+def _read_pairs(
+    _context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
+) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in given]
+    if odd := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise click.UsageError(f"--teacher-option takes NAME=VALUE, got {odd[0]!r}")
+    return {name: value for name, _, value in pairs}
+
+
+TEACHER_OPTION = click.option(
+    "--teacher-option",
+    "teacher_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_read_pairs,
+    help="What else the teacher takes, e.g. head_mode=released for hd2s.",
+)
+
+
 @cli.command("distill")
 @click.argument("videos", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option(
@@ -112,13 +131,7 @@ def cli(*, verbose: bool) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The teacher's weights, if it has any.",
 )
-@click.option(
-    "--teacher-option",
-    "teacher_options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="What else the teacher takes, e.g. head_mode=released for hd2s.",
-)
+@TEACHER_OPTION
 @click.option("--store", type=StorePlace(), required=True, help="Store to fill; made if needed.")
 @click.option("--size", type=Size(), help="Frames fed to the teacher.  [default: as published]")
 @click.option("--with-frames", type=Size(), help="Keep the frames too, at a student's size.")
@@ -223,15 +236,11 @@ def distill_command(
             raise click.UsageError(
                 f"--{name.replace('_', '-')} takes a number, got {options[name]}"
             )
-    pairs = [pair.partition("=") for pair in options.pop("teacher_options")]
-    if odd := [name for name, equals, _ in pairs if not (name and equals)]:
-        raise click.UsageError(f"--teacher-option takes NAME=VALUE, got {odd[0]!r}")
     if blocks is not None and shard_frames not in (None, "16"):
         raise click.UsageError("--blocks-per-video labels shards of 16 frames; drop --shard-frames")
     settings = DistillSettings(
         budget=Budget(blocks, seed) if blocks is not None else None,
         shard_frames=int(shard_frames or (256 if blocks is None else 16)),
-        teacher_options={name: value for name, _, value in pairs},
         grid_step=float(Fraction(options.pop("grid_step"))),
         **options,
     )
@@ -479,9 +488,15 @@ def teachers_command(ctx: click.Context) -> None:
     help="File of its weights; nothing in it is run.",
 )
 @click.option("--size", type=Size(), help="Frames fed to the teacher.  [default: as published]")
+@TEACHER_OPTION
 @click.option("--device", default="cpu", help="Where it runs, e.g. cuda:1.")
 def teachers_check_command(
-    *, name: str, weights: Path | None, size: tuple[int, int] | None, device: str
+    *,
+    name: str,
+    weights: Path | None,
+    size: tuple[int, int] | None,
+    teacher_options: dict[str, str],
+    device: str,
 ) -> None:
     """Import weights into the teacher NAME and look at what it says of a built-in clip.
 
@@ -496,7 +511,7 @@ def teachers_check_command(
 
     if weights is None and name in WITH_WEIGHTS:
         raise click.UsageError(f"the teacher {name!r} needs its weights; give them with --weights")
-    report = check_weights(name, weights, size=size, device=device)
+    report = check_weights(name, weights, size=size, device=device, **teacher_options)
     click.echo(report)
     if not report.is_good:
         sys.exit(1)

@@ -10,12 +10,12 @@ from typing import Final
 M_TRIM_THRESHOLD: Final = -1
 M_TOP_PAD: Final = -2
 M_MMAP_MAX: Final = -4
-NEVER: Final = 2**31 - 1
+NEVER: Final = -1  # of an unsigned number: the largest
 TOP_PAD_BYTES: Final = 64 * 2**20
 
 KEEP_FREED: Final[Mapping[str, str]] = {
     "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(NEVER),
+    "MALLOC_TRIM_THRESHOLD_": str(2**64 + NEVER),
     "MALLOC_TOP_PAD_": str(TOP_PAD_BYTES),
     "MALLOC_ARENA_MAX": "1",  # other threads' arenas hold no more than 64 MB in a piece
 }

@@ -69,7 +69,7 @@ class TeacherSpec:
     """From uint8 RGB to what the network expects, in words."""
     resize_rule: str = "bilinear, antialiased, aspect not kept, rounded to uint8"
     window: int
-    """Frames the network sees at once; it labels the last of them."""
+    """Frames the network sees at once."""
     labelled_frame: Literal["last", "middle", "each"] = "last"
     """Which frame of its window the network labels."""
     head_policy: Literal["repeat_first", "time_reversed", "released", "overlap"]
@@ -187,7 +187,7 @@ class Teacher(ABC):
         seen = [index for frame in span for index in self.window(frame, num_frames)]
         return range(min(seen), max(seen) + 1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def label(
         self, frames: Tensor, *, first: int, span: range, num_frames: int
     ) -> dict[str, Tensor]:
@@ -202,7 +202,18 @@ class Teacher(ABC):
 
         Returns:
             Native planes by array, ``(len(span), K, h, w)`` float32 logits or log-densities.
+
+        Raises:
+            ValueError: If the span is empty, reaches beyond the video, or needs other frames.
         """
+        if not span or span.start < 0 or span.stop > num_frames:
+            raise ValueError(f"cannot label frames {span.start}-{span.stop} of {num_frames}")
+        context = self.context_of(span, num_frames)
+        if context.start < first or context.stop > first + len(frames):
+            raise ValueError(
+                f"labelling frames {span.start}-{span.stop} takes frames "
+                f"{context.start}-{context.stop}, got {first}-{first + len(frames)}"
+            )
         with self._arithmetic():
             planes = self.label_span(frames, first=first, span=span, num_frames=num_frames)
         return {name: values.float() for name, values in planes.items()}

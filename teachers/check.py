@@ -70,7 +70,12 @@ class CheckReport:
 
 
 def check_weights(
-    name: str, weights: Path | None, *, size: tuple[int, int] | None = None, device: str = "cpu"
+    name: str,
+    weights: Path | None,
+    *,
+    size: tuple[int, int] | None = None,
+    device: str = "cpu",
+    **options: str,
 ) -> CheckReport:
     """Import weights strictly and run a built-in clip.
 
@@ -79,12 +84,13 @@ def check_weights(
         weights: Its file; nothing in it is run.
         size: Height and width fed to the network; the published one if not given.
         device: Where it runs.
+        options: What else the teacher takes.
 
     Raises:
         TinyHDError: If the file cannot be read or its weights do not fit.
         ValueError: If there is no such teacher.
     """
-    teacher = build(name, size=size, device=device, weights=weights)
+    teacher = build(name, size=size, device=device, precision="float32", weights=weights, **options)
     layout = teacher.spec.layout
     clip = _clip(max(teacher.spec.window, 8), layout.height, layout.width)
     last = len(clip) - 1

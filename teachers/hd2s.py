@@ -253,16 +253,15 @@ class Hd2sTeacher(NetworkTeacher):
             return super().label_span(frames, first=first, span=span, num_frames=num_frames)
         indices = torch.tensor([self.window(frame, num_frames) for frame in span])
         windows = frames[indices - first].transpose(1, 2)  # B 3 T H W
-        if self.spec.head_policy == "released":
-            is_head = torch.tensor([frame < HEAD for frame in span], device=windows.device)
-            windows[is_head] = windows[is_head].flip(1)
+        is_head = torch.tensor([frame < HEAD for frame in span], device=windows.device)
+        windows[is_head] = windows[is_head].flip(1)
         return self.logits(self.lay_out(windows))
 
     def logits(self, windows: Features) -> dict[str, Tensor]:
         (array,) = self.spec.layout.arrays
         return {array: self.network.logits(windows)}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, windows: Tensor) -> dict[str, Tensor]:
         """Return all maps of whole windows, activated, at the size of the input.
 

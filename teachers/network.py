@@ -118,7 +118,7 @@ class NetworkTeacher(Teacher):
             return tensor.contiguous()
         return tensor.contiguous(memory_format=layout)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, windows: Tensor) -> dict[str, Tensor]:
         """Return all maps of whole windows, activated, at the size of the input.
 
@@ -158,9 +158,9 @@ class NetworkTeacher(Teacher):
             raise WeightsError(f"{path} holds no weights by name")
         try:
             self.import_weights(content)
-        except WeightsError as error:
+        except MisfitError as error:
             hint = _hint(content)
-            raise WeightsError(f"{path} does not fit: {error}{hint}") from error
+            raise WeightsError(f"{path} does not fit: {error.brief}{hint}") from error
         self._weights_sha256 = hash_file(path).hex()
 
     def import_weights(self, state_dict: Mapping[str, Any]) -> None:
@@ -173,14 +173,18 @@ class NetworkTeacher(Teacher):
         Raises:
             WeightsError: If a tensor is missing, not expected, or of another shape or type.
         """
+        if not isinstance(state_dict, Mapping):
+            raise WeightsError(
+                f"weights of {self.title} are tensors by name, got a {type(state_dict).__name__}"
+            )
         given = unwrap(state_dict)
-        with torch.device("meta"):  # no weights are drawn only to be replaced
-            network = self.build_network()
+        with torch.random.fork_rng(devices=[]):
+            network = self.build_network()  # a new one: nothing changes if the weights do not fit
         wanted = network.state_dict()
         optional = {key: value for key, value in wanted.items() if key.endswith(self.optional_keys)}
-        given = {**{key: torch.zeros_like(v, device="cpu") for key, v in optional.items()}, **given}
+        given = {**optional, **given}
         check_fit(given, wanted, title=self.title)
-        network.to_empty(device="cpu").load_state_dict(given)
+        network.load_state_dict(given)
         self.network = network.eval().requires_grad_(requires_grad=False)
         self.spec = self.make_spec()
         self._weights_sha256 = _digest(given)
@@ -225,11 +229,36 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+class MisfitError(WeightsError):
+    """Weights are not those of a network; every name at fault is said.
+
+    Args:
+        title: Of the network.
+        faults: Names at fault, by what they are.
+
+    Attributes:
+        brief: The same with the first few names of each fault.
+    """
+
+    def __init__(self, title: str, faults: Mapping[str, Sequence[str]]) -> None:
+        def told(shown: int | None) -> str:
+            parts = [
+                f"{len(keys)} {fault}: {', '.join(keys[:shown])}"
+                + (", ..." if shown is not None and len(keys) > shown else "")
+                for fault, keys in faults.items()
+                if keys
+            ]
+            return f"these are not the weights of {title}: {'; '.join(parts)}"
+
+        super().__init__(told(None))
+        self.brief = told(SHOWN_KEYS)
+
+
 def check_fit(given: Mapping[str, Any], wanted: Mapping[str, Tensor], *, title: str) -> None:
     """Refuse weights that are not those of a network.
 
     Raises:
-        WeightsError: If a tensor is missing, not expected, or of another shape or type.
+        MisfitError: If a tensor is missing, not expected, or of another shape or type.
     """
 
     def is_like(value: object, tensor: Tensor) -> bool:
@@ -250,8 +279,7 @@ def check_fit(given: Mapping[str, Any], wanted: Mapping[str, Tensor], *, title: 
         ],
     }
     if any(faults.values()):
-        told = [f"{len(keys)} {fault}: {_some(keys)}" for fault, keys in faults.items() if keys]
-        raise WeightsError(f"these are not the weights of {title}: {'; '.join(told)}")
+        raise MisfitError(title, faults)
 
 
 def _hint(content: Mapping[str, Any]) -> str:
@@ -269,18 +297,18 @@ def _hint(content: Mapping[str, Any]) -> str:
     for name, factory in TEACHERS.items():
         if isinstance(factory, type) and issubclass(factory, NetworkTeacher):
             wanted = factory().network.state_dict()
-            needed = {key for key in wanted if not key.endswith(factory.optional_keys)}
-            if needed <= given.keys() <= wanted.keys():
+            optional = {key: wanted[key] for key in wanted if key.endswith(factory.optional_keys)}
+            try:
+                check_fit({**optional, **given}, wanted, title=name)
+            except MisfitError:
+                continue
+            else:
                 return f"; they fit the teacher {name!r}"
     return ""
 
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "one number"
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -22,6 +22,12 @@ from torch import Tensor, nn
 
 Triple = tuple[int, int, int]
 
+FRAMEWISE: Final = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish),
+    *(nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout3d, nn.BatchNorm3d),
+)
+"""Layers that see nothing of other positions, the norm in evaluation."""
+
 HAS_ONE_DNN: Final[bool] = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 # Shapes: B windows, C channels, T positions of a window, H height, W width; S phases, D positions
@@ -182,7 +188,11 @@ class Sharing(nn.Module):
 
 
 def through(layer: nn.Module, features: Features) -> Features:
-    """Apply a layer: a convolution, a pool, or what looks at single positions."""
+    """Apply a layer: a convolution, a max pool, or what looks at single positions.
+
+    Raises:
+        TypeError: If windows are shared and it is not known what the layer does to them.
+    """
     if isinstance(features, Tensor) or isinstance(layer, Sharing):
         result: Features = layer(features)
         return result
@@ -193,18 +203,29 @@ def through(layer: nn.Module, features: Features) -> Features:
     if isinstance(layer, nn.Conv3d):
         return convolve(features, layer, layer.weight, layer.bias)
     if isinstance(layer, nn.MaxPool3d):
-        kernel, stride, padding = map(_triple, (layer.kernel_size, layer.stride, layer.padding))
+        kernel, stride, padding, dilation = map(
+            _triple, (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        )
+        if dilation[0] > 1 or layer.ceil_mode or layer.return_indices:
+            raise TypeError(f"windows cannot share {layer}: ask for whole ones before it")
 
         def pool(x: Tensor) -> Tensor:
-            return F.max_pool3d(x, kernel, stride, (0, *padding[1:]))
+            return F.max_pool3d(x, kernel, stride, (0, *padding[1:]), dilation)
 
         return _over_time(features, pool, kernel, stride, padding, -torch.inf)
-    return features.framewise(layer)
+    if isinstance(layer, FRAMEWISE):
+        return features.framewise(layer)
+    raise TypeError(
+        f"it is not known whether {type(layer).__name__} looks at other frames: make it a Sharing, "
+        "or ask for whole windows before it"
+    )
 
 
 def convolve(features: Features, like: nn.Conv3d, weight: Tensor, bias: Tensor | None) -> Features:
     """Apply a convolution with other weights than its own."""
-    padding = _triple(like.padding)  # type: ignore[arg-type]  # none is said in words
+    if isinstance(like.padding, str) or like.padding_mode != "zeros":
+        raise TypeError(f"windows cannot share {like}: its padding must be numbers, of zeros")
+    padding = _triple(like.padding)
 
     def apply(x: Tensor, padding: Triple) -> Tensor:
         if _is_for_one_dnn(x):
@@ -215,6 +236,9 @@ def convolve(features: Features, like: nn.Conv3d, weight: Tensor, bias: Tensor |
 
     if isinstance(features, Tensor):
         return apply(features, padding)
+
+    if like.dilation[0] > 1:
+        raise TypeError(f"windows cannot share {like}: ask for whole ones before it")
 
     def apply_within(x: Tensor) -> Tensor:
         return apply(x, (0, *padding[1:]))
@@ -305,7 +329,7 @@ def _over_time(
     padding: Sequence[int],
     fill: float,
 ) -> Features:
-    if kernel[0] == 1 and stride[0] == 1:
+    if kernel[0] == 1 and stride[0] == 1 and not padding[0]:
         return run.framewise(layer)
     return run.over_time(layer, kernel=kernel[0], stride=stride[0], padding=padding[0], fill=fill)
 

@@ -209,7 +209,7 @@ class TasedTeacher(NetworkTeacher):
         (array,) = self.spec.layout.arrays
         return {array: self.network.logits(windows)}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, windows: Tensor) -> dict[str, Tensor]:
         """Return the saliency maps of whole windows, activated.
 

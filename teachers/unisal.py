@@ -582,7 +582,7 @@ class UnisalTeacher(NetworkTeacher):
         )
         return self._planes(output.log_probabilities[:, -1])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(
         self,
         windows: Tensor,

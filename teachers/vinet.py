@@ -220,7 +220,7 @@ class MapTeacher(NetworkTeacher):
             windows = whole(windows)
         return {array: self.network(windows)}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, windows: Tensor) -> dict[str, Tensor]:
         """Return the map of whole windows, activated.
 

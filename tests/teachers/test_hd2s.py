@@ -253,7 +253,8 @@ Change = Callable[[dict[str, Tensor]], object]
         ),
         (
             lambda given: [given.pop(key) for key in list(given) if "deconvlayer5_5.0" in key],
-            "5 missing: decoder5.deconvlayer5_5.0.conv.weight, .*bn.weight, .*bn.bias, ...$",
+            "5 missing: decoder5.deconvlayer5_5.0.conv.weight, .*bn.weight, .*bn.bias, "
+            ".*bn.running_mean, .*bn.running_var$",
         ),
     ],
 )

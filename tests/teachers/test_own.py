@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import nn
 
 from cli import cli
 from distill import DistillSettings, label_videos
 from stores.decode import decode_video
 from stores.targets import TargetStore
 from student import TinyHD, build_config, save_checkpoint
+from student.reference import WeightsError
+from teachers.base import TeacherSpec
 from teachers.hd2s import Hd2sTeacher
+from teachers.network import NetworkTeacher
 from teachers.registry import build
+from teachers.shared import Features, whole
+from teachers.vinet_s import VinetSTeacher
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -103,3 +109,44 @@ def test_weights_of_something_else_are_recognised(tmp_path: Path) -> None:
     result = run("teachers", "check", "hd2s", "--weights", tmp_path / "half.pth")
     assert "its end is missing" in result.output
     assert "needs its weights" in run("teachers", "check", "hd2s").output
+    # The names of ViNet-S are those of ViNet.
+    torch.save(VinetSTeacher().network.state_dict(), tmp_path / "vinet-s.pth")
+    for name in ("vinet", "tased"):
+        result = run("teachers", "check", name, "--weights", tmp_path / "vinet-s.pth")
+        assert "they fit the teacher 'vinet-s'" in result.output
+
+
+class Odd(NetworkTeacher):
+    """A teacher with numbers that are not among its weights."""
+
+    title = "Odd"
+
+    def build_network(self) -> nn.Module:
+        network = nn.Sequential(nn.Conv3d(3, 1, 1))
+        network.register_buffer("scale", torch.tensor([2.0]), persistent=False)
+        network.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]  # type: ignore[assignment]
+        return network
+
+    def make_spec(self) -> TeacherSpec:
+        return Hd2sTeacher(height=32, width=32).spec
+
+    def logits(self, windows: Features) -> dict[str, torch.Tensor]:
+        return {"maps_16x16": self.network(whole(windows))[:, 0]}
+
+
+def test_what_is_not_among_the_weights_outlives_an_import() -> None:
+    teacher = Odd()
+    teacher.import_weights(teacher.network.state_dict())
+    assert teacher.network.get_buffer("scale").tolist() == [2.0]
+    with pytest.raises(WeightsError, match="tensors by name, got a list"):
+        teacher.import_weights([])  # type: ignore[arg-type]
+
+
+def test_a_span_takes_its_frames_and_no_others() -> None:
+    teacher = Hd2sTeacher(height=32, width=64)
+    frames = torch.zeros(40, 3, 32, 64)
+    with pytest.raises(ValueError, match="takes frames 5-21, got 10-40"):
+        teacher.label(frames[10:], first=10, span=range(20, 21), num_frames=40)
+    for span in (range(0), range(38, 41), range(-1, 3)):
+        with pytest.raises(ValueError, match="cannot label"):
+            teacher.label(frames, first=0, span=span, num_frames=40)

@@ -58,7 +58,7 @@ def test_what_is_shared_is_computed_once() -> None:
     frames = torch.randn(32 + 9, 3, 8, 8)
     seen = 0
 
-    class Counting(nn.Module):
+    class Counting(nn.Identity):
         def forward(self, features: torch.Tensor) -> torch.Tensor:
             nonlocal seen
             seen += features.shape[0] * features.shape[2]
@@ -114,7 +114,8 @@ def test_spans_are_labelled_as_without_sharing(make: Callable[..., NetworkTeache
             off = (planes[True][name] - values).abs()
             # TASED-Net puts back maxima where they were; of two that are almost alike, rounding
             # decides.
-            assert off.quantile(0.99) <= 1e-4, (num_frames, span)
+            most = off.quantile(0.99) if make is TasedTeacher else off.max()
+            assert most <= 1e-4, (num_frames, span)
 
 
 def test_windows_of_a_span_that_have_much_in_common_are_seen_together() -> None:
@@ -148,3 +149,28 @@ def test_a_single_thread_convolves_as_many_do() -> None:
     torch.testing.assert_close(planes[1], planes[0], rtol=1e-4, atol=1e-4)
     assert "aten::slow_conv3d_forward" not in used[1]
     assert "aten::mkldnn_convolution" in used[1]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.AvgPool3d(3, 1, 1),
+        nn.InstanceNorm3d(3),
+        nn.MaxPool3d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool3d(3, dilation=(2, 1, 1)),
+        nn.Conv3d(3, 3, 3, padding=1, padding_mode="replicate"),
+        nn.Conv3d(3, 3, 3, padding="same"),
+        nn.Conv3d(3, 3, 3, dilation=(2, 1, 1)),
+    ],
+)
+def test_a_layer_that_windows_cannot_share_is_refused(layer: nn.Module) -> None:
+    run = WindowRun.of(torch.randn(20, 3, 8, 8), 12)
+    with pytest.raises(TypeError, match="windows"):
+        through(layer, run)
+
+
+@torch.inference_mode()
+def test_a_kernel_of_one_frame_that_pads_time_adds_frames() -> None:
+    frames, layer = torch.randn(20, 3, 8, 8), nn.Conv3d(3, 4, 1, padding=(1, 0, 0))
+    plain = torch.stack([frames[i : i + 12] for i in range(9)]).transpose(1, 2)
+    torch.testing.assert_close(whole(through(layer, WindowRun.of(frames, 12))), layer(plain))
