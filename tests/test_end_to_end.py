@@ -19,7 +19,7 @@ from student.evaluate import compare_with_teacher
 from student.tinyhd import TinyHD
 
 FRAMES = 60
-SIZE = (64, 96)
+SIZE = (32, 64)
 HOLDOUT = 0.4  # clips share no frame with those that are trained on
 
 
@@ -56,7 +56,7 @@ def test_a_student_learns_from_a_store_that_a_published_network_filled(
     distill = ["distill", video, "--store", store, "--teacher", "assistant", "--weights", weights]
     assert f"{FRAMES} frames" in tinyhd(*distill, "--with-frames", size, "--shard-frames", 32)
     learn = ["train", "--store", store, "--out", run, "--size", size, "--holdout", HOLDOUT]
-    learn += ["--epochs", 40, "--clips-per-video", 4, "--device", "cpu", "--seed", 0]
+    learn += ["--epochs", 25, "--clips-per-video", 4, "--device", "cpu", "--seed", 0]
 
     refused = CliRunner().invoke(cli, [str(argument) for argument in learn])
     assert refused.exit_code == 1

@@ -131,6 +131,7 @@ def test_cluster_that_is_not_there_is_said_so_in_one_line(videos: Path, tmp_path
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_cluster_fills_a_store_on_s3(
     cluster: RayCluster, bucket: str, videos: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_node_that_is_lost_costs_nothing_but_time(
     assert contents(store) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_ray_out_of_memory_killer_is_survived(
     videos: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

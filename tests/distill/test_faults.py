@@ -225,7 +225,10 @@ def test_dead_worker_is_told_of_in_one_line(stage: Stage) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "act",
-    [{"do": "hang", "video": 40, "at": 20}, {"do": "hang decoding", "after": 20}],
+    [
+        pytest.param({"do": "hang", "video": 40, "at": 20}, marks=pytest.mark.slow),
+        {"do": "hang decoding", "after": 20},
+    ],
     ids=["teacher", "decoder"],
 )
 def test_worker_that_hangs_is_killed_before_its_work_is_handed_on(
@@ -294,7 +297,9 @@ def test_teacher_too_large_for_one_window_ends_the_run(stage: Stage, local_ray: 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_interrupted_run_finishes_what_is_begun(
     stage: Stage, undisturbed: Path, number: signal.Signals
 ) -> None:
