@@ -250,6 +250,7 @@ def written_as(form: Form, teacher: NetworkTeacher) -> Iterator[None]:
     undone: list[Any] = []
     if not form.channels_last:
         undone.append(patch.object(teacher, "lay_out", by_default))
+        undone.append(patch.object(shared, "HAS_ONE_DNN", new=False))  # as PyTorch chooses
     if not form.folded:
         undone += [patch.object(module, "convolve_norm", apart) for module in (s3d, vinet_s)]
     for change in undone:

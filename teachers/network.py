@@ -132,8 +132,8 @@ class NetworkTeacher(Teacher):
         with self._arithmetic():
             logits = self.logits(self.lay_out(windows))
         planes = {name: values.float() for name, values in logits.items()}
-        size = {"height": layout.height, "width": layout.width}
-        return render_maps(planes, layout, layout.names, **size)
+        height, width = windows.shape[-2:]
+        return render_maps(planes, layout, layout.names, height=height, width=width)
 
     def initialise(self, network: nn.Module) -> None:
         """Draw weights that do not fade from layer to layer, so that maps depend on the frames."""

@@ -222,7 +222,12 @@ def through(layer: nn.Module, features: Features) -> Features:
 
 
 def convolve(features: Features, like: nn.Conv3d, weight: Tensor, bias: Tensor | None) -> Features:
-    """Apply a convolution with other weights than its own."""
+    """Apply a convolution with other weights than its own.
+
+    Raises:
+        TypeError: If its padding is not in numbers, or not of zeros, or if it is dilated in time
+            and windows are shared.
+    """
     if isinstance(like.padding, str) or like.padding_mode != "zeros":
         raise TypeError(f"windows cannot share {like}: its padding must be numbers, of zeros")
     padding = _triple(like.padding)
@@ -244,6 +249,15 @@ def convolve(features: Features, like: nn.Conv3d, weight: Tensor, bias: Tensor |
         return apply(x, (0, *padding[1:]))
 
     return _over_time(features, apply_within, like.kernel_size, like.stride, padding, 0.0)
+
+
+class Conv3d(nn.Conv3d):
+    """A convolution of whole windows that is as fast in a single thread as in many."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        convolved = convolve(features, self, self.weight, self.bias)
+        assert isinstance(convolved, Tensor)  # as windows are not shared
+        return convolved
 
 
 @overload
@@ -306,10 +320,11 @@ def _is_for_one_dnn(x: Tensor) -> bool:
     """Return whether a convolution is to be given to oneDNN whatever PyTorch thinks.
 
     In a single thread PyTorch takes kernels over time, and those of single pixels, to a convolution
-    of its own, which takes 4 to 9 times as long and undoes the memory layout.
+    of its own, which takes several times as long and undoes the memory layout.
     """
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # compilers know the other one only, and choose anew
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.is_grad_enabled()

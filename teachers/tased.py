@@ -20,7 +20,7 @@ from stores.maps import MapLayout, MapSpec
 from teachers.base import TeacherSpec, reflect, window_of
 from teachers.network import NetworkTeacher
 from teachers.s3d import NORM_EPS, NORM_MOMENTUM, Basic3d, Mixed, Sep3d
-from teachers.shared import Features, through, whole
+from teachers.shared import Conv3d, Features, through, whole
 
 WINDOW: Final = 32
 HEAD: Final = WINDOW - 1
@@ -89,7 +89,7 @@ class Tased(nn.Module):
             _halve_pictures(return_indices=True),
         )
         self.convtsp1 = nn.Sequential(
-            *_with_norm(nn.Conv3d(1024, 1024, 1, bias=False)),
+            *_with_norm(Conv3d(1024, 1024, 1, bias=False)),
             *_with_norm(_spread(1024, 832)),
         )
         self.convtsp2 = nn.Sequential(*_with_norm(_spread(832, 480)))
@@ -100,7 +100,7 @@ class Tased(nn.Module):
             *_with_norm(nn.ConvTranspose3d(64, NARROW, 1, bias=False)),
             *_with_norm(_halve_frames(NARROW)),
             _double_pictures(NARROW, NARROW),
-            nn.Conv3d(NARROW, 1, 1),
+            Conv3d(NARROW, 1, 1),
         )
 
     def forward(self, clip: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ def _double_pictures(in_channels: int, out_channels: int) -> nn.ConvTranspose3d:
 
 
 def _halve_frames(channels: int) -> nn.Conv3d:
-    return nn.Conv3d(channels, channels, (2, 1, 1), (2, 1, 1), bias=False)
+    return Conv3d(channels, channels, (2, 1, 1), (2, 1, 1), bias=False)
 
 
 def _halve_pictures(*, return_indices: bool = False) -> nn.MaxPool3d:

@@ -17,7 +17,7 @@ from stores.maps import MapLayout, MapSpec
 from teachers.base import TeacherSpec, normalise_as_imagenet
 from teachers.network import NetworkTeacher
 from teachers.s3d import S3d
-from teachers.shared import Features, Sharing, through, whole
+from teachers.shared import Conv3d, Features, Sharing, through, whole
 
 WINDOW: Final = 32
 HEAD: Final = WINDOW - 1
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
         super().__init__()
 
         def stage(in_channels: int, out_channels: int, frames: int, groups: int) -> list[nn.Module]:
-            convolution = nn.Conv3d(
+            convolution = Conv3d(
                 in_channels,
                 out_channels,
                 (frames, 3, 3),
@@ -130,9 +130,9 @@ class Decoder(nn.Module):
         self.convtsp4 = nn.Sequential(
             *stage(192, 64, 5, groups[3]),
             *stage(64, 32, 2, groups[4]),
-            nn.Conv3d(32, 32, (2, 1, 1), (2, 1, 1), bias=False),
+            Conv3d(32, 32, (2, 1, 1), (2, 1, 1), bias=False),
             nn.ReLU(),
-            nn.Conv3d(32, 1, 1),
+            Conv3d(32, 1, 1),
         )
 
     def forward(self, levels: Levels) -> Tensor:
@@ -216,8 +216,6 @@ class MapTeacher(NetworkTeacher):
             raise ValueError(f"{self.title} sees {self.spec.window} frames at once, got {frames}")
         self._check_size(height, width)
         (array,) = self.spec.layout.arrays
-        if not self.shares_windows:
-            windows = whole(windows)
         return {array: self.network(windows)}
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teachers.base import TeacherSpec, window_of
-from teachers.shared import convolve_norm
+from teachers.shared import Conv3d, convolve_norm
 from teachers.vinet import WINDOW, Decoder, Double, MapTeacher, Vinet, VinetTeacher, stretch
 
 Upsampling = Literal["half_pixel", "align_corners"]
@@ -290,9 +290,9 @@ class ActionDecoder(nn.Module):
             *_merging(64, 32, 2),
             Double(),
             *_merging(32, 16, 1),
-            nn.Conv3d(16, 16, 1, bias=False),
+            Conv3d(16, 16, 1, bias=False),
             nn.ReLU(),
-            nn.Conv3d(16, 1, 1),
+            Conv3d(16, 1, 1),
         )
 
     def forward(self, levels: NeckLevels) -> Tensor:
@@ -413,7 +413,7 @@ def _stage(
 
 
 def _lateral(in_channels: int, out_channels: int) -> nn.Conv3d:
-    return nn.Conv3d(
+    return Conv3d(
         in_channels, out_channels, (5, 1, 1), (FRAMES_PER_SLOW, 1, 1), (2, 0, 0), bias=False
     )
 
@@ -423,17 +423,17 @@ def _halve(features: Tensor) -> Tensor:
 
 
 def _pointwise(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv3d(in_channels, out_channels, 1, bias=False), nn.ReLU())
+    return nn.Sequential(Conv3d(in_channels, out_channels, 1, bias=False), nn.ReLU())
 
 
 def _grouped(in_channels: int, out_channels: int, groups: int) -> tuple[nn.Module, nn.Module]:
-    convolution = nn.Conv3d(in_channels, out_channels, 3, padding=1, groups=groups, bias=False)
+    convolution = Conv3d(in_channels, out_channels, 3, padding=1, groups=groups, bias=False)
     return convolution, nn.ReLU()
 
 
 def _merging(in_channels: int, out_channels: int, groups: int) -> tuple[nn.Module, nn.Module]:
     """Make one frame of two."""
-    convolution = nn.Conv3d(
+    convolution = Conv3d(
         in_channels,
         out_channels,
         (2, 3, 3),

@@ -94,12 +94,27 @@ def test_backbone_shares_to_the_numbers_of_whole_windows() -> None:
         torch.testing.assert_close(whole(shared), alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [Hd2sTeacher, TasedTeacher, VinetTeacher, VinetSTeacher])
-def test_spans_are_labelled_as_without_sharing(make: Callable[..., NetworkTeacher]) -> None:
+@pytest.mark.parametrize(
+    ("make", "dtype", "tolerance"),
+    [
+        (Hd2sTeacher, torch.float32, 1e-4),
+        (Hd2sTeacher, torch.float64, 1e-6),
+        # TASED-Net puts maxima back to where they were. Of two that are almost alike, rounding
+        # decides; in float64 none are.
+        (TasedTeacher, torch.float64, 1e-6),
+        (VinetTeacher, torch.float32, 1e-4),
+        (VinetSTeacher, torch.float32, 1e-4),
+    ],
+)
+def test_spans_are_labelled_as_without_sharing(
+    make: Callable[..., NetworkTeacher], dtype: torch.dtype, tolerance: float
+) -> None:
     """Head frames, whose windows may run backwards, and short videos among them."""
     teacher = make(height=32, width=64)
+    teacher.network.to(dtype)
     length = teacher.spec.window
-    frames = teacher.normalise(torch.rand(3 * length, 3, 32, 64))
+    rng = torch.Generator().manual_seed(4)
+    frames = teacher.normalise(torch.rand(3 * length, 3, 32, 64, dtype=dtype, generator=rng))
     spans = (range(3, 9), range(length - 4, length + 6), range(2 * length, 2 * length + 9))
     cases = [(len(frames), span) for span in spans]
     short = length + 5
@@ -112,10 +127,7 @@ def test_spans_are_labelled_as_without_sharing(make: Callable[..., NetworkTeache
             )
         for name, values in planes[False].items():
             off = (planes[True][name] - values).abs()
-            # TASED-Net puts back maxima where they were; of two that are almost alike, rounding
-            # decides.
-            most = off.quantile(0.99) if make is TasedTeacher else off.max()
-            assert most <= 1e-4, (num_frames, span)
+            assert off.max() <= tolerance, (num_frames, span)
 
 
 def test_windows_of_a_span_that_have_much_in_common_are_seen_together() -> None:
@@ -133,6 +145,32 @@ def test_windows_of_a_span_that_have_much_in_common_are_seen_together() -> None:
         *(("WindowRun", 3), ("WindowRun", 7)),  # before and after the head's end
         *(("WindowRun", 5), ("Tensor", 10), ("WindowRun", 5)),  # some go on backwards at the end
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "dtype", "tolerance"),
+    [
+        (Hd2sTeacher, torch.float32, 1e-4),
+        (TasedTeacher, torch.float64, 1e-9),
+        (VinetTeacher, torch.float32, 1e-4),
+    ],
+)
+@torch.no_grad()
+def test_both_forms_of_a_network_are_one_graph_each(
+    make: Callable[..., NetworkTeacher], dtype: torch.dtype, tolerance: float
+) -> None:
+    """As compilers want it; only what they see is looked at, nothing is generated."""
+    teacher = make(height=32, width=64)
+    teacher.network.to(dtype)
+    length = teacher.spec.window
+    frames = teacher.normalise(torch.rand(length + 9, 3, 32, 64, dtype=dtype))
+    plain = torch.stack([frames[i : i + length] for i in range(10)]).transpose(1, 2)
+    (wanted,) = teacher.logits(plain).values()
+    compiled = torch.compile(teacher.logits, backend="eager", fullgraph=True)
+    for windows in (plain, WindowRun.of(frames, length)):
+        (given,) = compiled(windows).values()
+        torch.testing.assert_close(given, wanted, rtol=0, atol=tolerance)
 
 
 def test_a_single_thread_convolves_as_many_do() -> None:
