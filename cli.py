@@ -23,6 +23,7 @@ PUBLISHED_LICENCES = {
     "tinyhd-s-rc4": "published; ask its authors for a licence",
     "tinyhd-m-rc4": "published; ask its authors for a licence",
 }
+DATASET_KINDS = ("dhf1k", "hollywood2", "ucf", "kinetics", "plain")
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
 
@@ -112,6 +113,11 @@ TEACHER_OPTION = click.option(
 )
 
 
+SPLIT_OPTION = click.option(
+    "--split", help="Take this split of a data set alone, e.g. val.  [default: all videos]"
+)
+
+
 @cli.command("distill")
 @click.argument("videos", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option(
@@ -121,6 +127,7 @@ TEACHER_OPTION = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="List of videos: a path in each line, or a .csv with columns path and id.",
 )
+@SPLIT_OPTION
 @click.option(
     "--teacher",
     required=True,
@@ -204,12 +211,13 @@ def distill_command(
     *,
     videos: tuple[Path, ...],
     lists: tuple[Path, ...],
+    split: str | None,
     store: str,
     dry_run: bool,
     calibrate: bool,
     **options: Any,  # noqa: ANN401 - fields of DistillSettings
 ) -> None:
-    """Label VIDEOS, files or folders, with a teacher and keep its soft targets.
+    """Label VIDEOS, files, data sets or catalogues, with a teacher and keep its soft targets.
 
     What is in the store already is not done again: a stopped run is continued by the same command.
     Interrupted once, it finishes what is begun; twice, it stops at once. Exits with 3 if some
@@ -247,9 +255,11 @@ def distill_command(
     if dry_run:
         from distill.forecast import forecast_run
 
-        click.echo(forecast_run(videos, store, settings, lists=lists, calibrate=calibrate))
+        click.echo(
+            forecast_run(videos, store, settings, lists=lists, split=split, calibrate=calibrate)
+        )
         return
-    report = label_videos(videos, store, settings, lists=lists)
+    report = label_videos(videos, store, settings, lists=lists, split=split)
     click.echo(report)
     for line in sorted({f"  failed: {item.video}: {item.reason}" for item in report.failures}):
         click.echo(line)
@@ -345,6 +355,46 @@ def train_command(
         click.echo(f"on held-out frames: KL {scores.kl:.4f}, CC {scores.cc:.4f} to the teacher")
 
 
+@cli.group("data")
+def data_group() -> None:
+    """Look at data sets: DHF1K, Hollywood-2, UCF-Sports, Kinetics, any folder of videos."""
+
+
+@data_group.command("scan")
+@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--kind", type=click.Choice(DATASET_KINDS), help="Data set.  [default: recognised]")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Catalogue to write, ending in .jsonl.  [default: named as PATH, in this folder]",
+)
+@click.option("--strict", is_flag=True, help="Exit with 3 if there are problems.")
+def scan_command(*, path: Path, kind: Any, out: Path | None, strict: bool) -> None:  # noqa: ANN401
+    """Find out which data set lies in PATH, decode all of it once, and write a catalogue.
+
+    Says what it found: videos, frames, splits, recorded eyes, and what is wrong with which file.
+    The other commands take the catalogue where they take a folder. What was learnt of a video is
+    kept, so that a stopped scan is continued by the same command.
+
+    \b
+    Example:
+        python cli.py data scan DHF1K
+    """
+    from stores.catalogue import CATALOGUE_SUFFIX, Catalogue, scan
+
+    out = out or Path(f"{path.resolve().name}{CATALOGUE_SUFFIX}")
+    if out.suffix != CATALOGUE_SUFFIX:
+        raise click.UsageError(f"--out must end in {CATALOGUE_SUFFIX}, got {out}")
+    if out.exists():
+        Catalogue.load(out)  # an error if it is something else, which is not written over
+    catalogue = scan(path, kind=kind)
+    catalogue.save(out)
+    click.echo(catalogue)
+    click.echo(f"catalogue: {out}")
+    if strict and catalogue.all_problems():
+        sys.exit(EXIT_SOME_FAILED)
+
+
 @cli.command("predict")
 @click.argument("videos", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option(
@@ -372,6 +422,7 @@ def train_command(
     default="plain",
     help="From maps to pictures; paper: as the published maps were made.",
 )
+@SPLIT_OPTION
 @click.option("--maps/--no-maps", default=True, help="Write a gray PNG for each frame.")
 @click.option("--overlay/--no-overlay", default=True, help="Write a video with the maps laid over.")
 def predict_command(
@@ -383,11 +434,13 @@ def predict_command(
     device: str | None,
     batch: int | None,
     threads: int | None,
+    split: str | None,
     **settings: Any,  # noqa: ANN401 - fields of PredictSettings
 ) -> None:
-    """Write a saliency map for every frame of VIDEOS, files or folders.
+    """Write a saliency map for every frame of VIDEOS, files, data sets or catalogues.
 
     Each video gets a folder below OUT with maps/<frame>.png, at the video's size, and overlay.mp4.
+    Frames of videos are numbered from 0, those that are images keep their names.
     A stopped run is continued by the same command. Exits with 3 if some videos failed.
 
     \b
@@ -413,6 +466,7 @@ def predict_command(
         out,
         student,
         PredictSettings(**settings),
+        split=split,
         weights_hash=hash_file(checkpoint).hex(),
     )
     click.echo(f"{out}: {report}")

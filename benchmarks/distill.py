@@ -37,11 +37,12 @@ from distill.run import DistillReport, label_videos, run_tasks
 from distill.settings import DistillSettings
 from distill.worker import WorkerInfo, WorkerSettings
 from stores.decode import decode_video
+from stores.finding import find_videos
 from stores.probing import Probe, probe_videos
 from stores.receipts import Receipt
 from stores.schema import environment
 from stores.targets import TargetStore
-from stores.videos import VideoRecord, find_videos
+from stores.videos import VideoRecord
 from student.memory import keep_freed_memory
 
 SHARD_FRAMES = 16

@@ -28,13 +28,14 @@ from distill.settings import DistillSettings
 from distill.survey import Survey, refusal, survey_videos, targets_of
 from stores.codec import logit_error_bound
 from stores.errors import VideoError
+from stores.finding import find_videos
 from stores.maps import render_maps
 from stores.schema import FRAME_ALIGNMENT, LabelRequest
 from stores.shards import Request
 from stores.summary import format_bytes
 from stores.table import VideoRow
 from stores.targets import TargetStore
-from stores.videos import VideoRecord, find_videos
+from stores.videos import VideoRecord
 from student.metrics import kl_divergence
 from teachers.base import Teacher
 
@@ -195,15 +196,17 @@ def forecast_run(
     settings: DistillSettings,
     *,
     lists: Sequence[Path] = (),
+    split: str | None = None,
     calibrate: bool = False,
 ) -> Forecast:
     """Say what :func:`distill.run.label_videos` would do; the store is only read.
 
     Args:
-        paths: Video files, and folders that are searched for them.
+        paths: Video files, folders that are searched for them, data sets and catalogues.
         store: Path or URL of the store, which need not be there.
         settings: How.
         lists: Files that name videos.
+        split: Take this split of data sets and catalogues alone.
         calibrate: Label some blocks of some videos, into a scratch folder, to measure.
 
     Raises:
@@ -215,7 +218,8 @@ def forecast_run(
     requests = settings.requests(teacher)
     known = TargetStore.open_if_there(store)
     failed = FailureList.load(known.place) if known is not None else FailureList()
-    survey = survey_videos(find_videos(paths, lists), known, requests, failed, settings)
+    files = find_videos(paths, lists, split=split)
+    survey = survey_videos(files, known, requests, failed, settings)
     if not survey.records:
         raise VideoError([*survey.failures, *survey.passed_over][0].reason)
     refused = {record.id: refusal(record, known, settings) for record in survey.records}

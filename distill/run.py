@@ -22,11 +22,12 @@ from distill.status import RunStatus
 from distill.survey import Survey, is_complete, refusal, survey_videos
 from distill.worker import WorkerSettings
 from stores.errors import VideoError
+from stores.finding import find_videos
 from stores.schema import LabelRequest, environment
 from stores.shards import Committer, Request, ShardSet
 from stores.table import VideoRow
 from stores.targets import TargetStore
-from stores.videos import VideoFile, find_videos
+from stores.videos import VideoFile
 from teachers.base import Teacher
 
 log = logging.getLogger(__name__)
@@ -78,14 +79,16 @@ def label_videos(
     settings: DistillSettings,
     *,
     lists: Sequence[Path] = (),
+    split: str | None = None,
 ) -> DistillReport:
     """Label videos with a teacher into a store; what the store has is not done again.
 
     Args:
-        paths: Video files, and folders that are searched for them.
+        paths: Video files, folders that are searched for them, data sets and catalogues.
         store: Path or URL of the store; made if it is not there.
         settings: How.
-        lists: Files that name videos; see :func:`stores.videos.find_videos`.
+        lists: Files that name videos; see :func:`stores.finding.find_videos`.
+        split: Take this split of data sets and catalogues alone.
 
     Raises:
         VideoError: If there is no video that can be decoded.
@@ -96,7 +99,7 @@ def label_videos(
     """
     teacher = settings.build_teacher()
     requests = settings.requests(teacher)
-    files = find_videos(paths, lists)
+    files = find_videos(paths, lists, split=split)
     known = TargetStore.open_if_there(store)
     failed = FailureList.load(known.place) if known is not None else FailureList()
     survey = survey_videos(files, known, requests, failed, settings)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from stores.decode import decode_video
     from stores.errors import TargetStoreError, TinyHDError, VideoError, VideoNotLabelledError
+    from stores.finding import find_videos
     from stores.maps import DerivedMap, MapLayout, MapSpec, render_maps
     from stores.shards import FrameSet, LabelSet
     from stores.targets import TargetStore
-    from stores.videos import VideoRecord, find_videos
+    from stores.videos import VideoRecord
 
 __all__ = [
     "DerivedMap",
@@ -37,7 +38,8 @@ _HOMES: Final = {
     "stores.maps": ("DerivedMap", "MapLayout", "MapSpec", "render_maps"),
     "stores.shards": ("FrameSet", "LabelSet"),
     "stores.targets": ("TargetStore",),
-    "stores.videos": ("VideoRecord", "find_videos"),
+    "stores.finding": ("find_videos",),
+    "stores.videos": ("VideoRecord",),
 }
 
 

@@ -1,5 +1,7 @@
 """Decode videos, whole or from any frame on. A frame is known by its 0-based decoded index.
 
+A video is a file, or a folder of images in natural order.
+
 Frame *t* of a video is the *t*-th frame that a decoder gives that begins at the file's beginning.
 Beginning later is a shortcut to the same frames, and checked: :class:`FrameIndex` knows each
 frame's timestamp and a checksum of its pixels; where either differs, decoding begins anew at an
@@ -21,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stores.errors import VideoError
+from stores.images import list_images, read_sequence, read_size
 
 Frame = npt.NDArray[np.uint8]
 """A decoded frame, ``(height, width, 3)`` RGB."""
@@ -58,7 +61,7 @@ class FrameIndex:
     first: int
     """The frame that entry 0 is about."""
     timestamps: npt.NDArray[np.int64]
-    """Of each frame, in the time base of the stream; no two are equal."""
+    """Of each frame, in the time base of the stream; no two are equal. Of an image its rank."""
     checksums: npt.NDArray[np.uint32]
     """CRC-32C of each frame's pixels, as the decoder gives them."""
     is_key: npt.NDArray[np.bool_]
@@ -125,6 +128,10 @@ def read_header(path: Path) -> VideoHeader:
     Raises:
         VideoError: If it cannot be opened as a video.
     """
+    if path.is_dir():
+        names = list_images(path)
+        height, width = read_size(path / names[0]) if names else (0, 0)
+        return VideoHeader(len(names), Fraction(0), height, width)
     with _open_container(path) as container:
         stream = _video_stream(container, path)
         fps = Fraction(stream.average_rate or 0)
@@ -147,11 +154,27 @@ def decode_video(path: Path, *, reader: Reader = "pyav") -> Iterator[Frame]:
         VideoError: If the file cannot be opened or holds no frame that can be decoded.
     """
     is_empty = True
-    for frame in _decode_with_skvideo(path) if reader == "skvideo" else _decode_with_pyav(path):
+    with_skvideo = reader == "skvideo" and not path.is_dir()
+    for frame in _decode_with_skvideo(path) if with_skvideo else _decode_with_pyav(path):
         is_empty = False
         yield frame
     if is_empty:
         raise VideoError(f"no frame of {path} can be decoded; is the file damaged?")
+
+
+def decode_images(folder: Path) -> Iterator[tuple[str, Frame]]:
+    """Yield a folder's images, as :func:`decode_video` does, each with its name.
+
+    Raises:
+        VideoError: If the folder cannot be looked into or holds no image that can be decoded.
+    """
+    names = list_images(folder)
+    width = height = 0
+    for frame in _raw_frames(folder):
+        width, height = width or frame.width, height or frame.height
+        yield names[frame.pts], frame.to_ndarray(format="rgb24", width=width, height=height)
+    if not width:
+        raise VideoError(f"no image in {folder} can be decoded")
 
 
 def decode_spans(
@@ -176,7 +199,7 @@ def decode_spans(
     Raises:
         VideoError: If the file cannot be opened, or ends before the spans do.
     """
-    if reader == "skvideo":
+    if reader == "skvideo" and not path.is_dir():
         frames = enumerate(_decode_with_skvideo(path))
         for span in spans:
             for number in span:
@@ -221,21 +244,21 @@ def index_video(
     Raises:
         VideoError: If there is not one frame that can be decoded.
     """
+    is_sequence = path.is_dir()
+    with_skvideo = reader == "skvideo" and not is_sequence
     count = height = width = 0
     timestamps: list[int | None] = []
     checksums: list[int] = []
     keys: list[bool] = []
-    frames: Iterator[Any] = (
-        decode_video(path, reader=reader) if reader == "skvideo" else _raw_frames(path)
-    )
+    frames: Iterator[Any] = decode_video(path, reader=reader) if with_skvideo else _raw_frames(path)
     for frame in frames:
         if not count:
-            height, width = frame.shape[:2] if reader == "skvideo" else (frame.height, frame.width)
+            height, width = frame.shape[:2] if with_skvideo else (frame.height, frame.width)
         count += 1
-        if reader == "pyav":
+        if not with_skvideo:
             timestamps.append(_timestamp(frame))
             checksums.append(_checksum(frame))
-            keys.append(frame.key_frame)
+            keys.append(is_sequence or frame.key_frame)
         if on_frame is not None:
             on_frame(count)
     if not count:
@@ -279,6 +302,12 @@ def _raw_frames(path: Path, seek_to: int | None = None) -> Iterator[Any]:
     """Yield PyAV's frames, from the beginning or from the key frame at a timestamp on."""
     import av
 
+    if path.is_dir():
+        for rank, picture in read_sequence(path, seek_to or 0):
+            image = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            image.pts = rank
+            yield image
+        return
     with _open_container(path) as container:
         stream = _video_stream(container, path)
         # One thread: with more, what a damaged file gives depends on their number.

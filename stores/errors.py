@@ -15,6 +15,18 @@ class VideoError(TargetStoreError):
     """A video cannot be found, opened or decoded, or is not the one that was expected."""
 
 
+class ImageError(VideoError):
+    """An image cannot be read, or is not what it should be."""
+
+
+class GroundTruthError(ImageError):
+    """Recorded eyes of a frame cannot be read, or do not fit each other or the frame."""
+
+
+class DatasetError(VideoError):
+    """A data set is not laid out as it should be, or lacks what is asked of it."""
+
+
 class NotATargetStoreError(TargetStoreError):
     """A path holds something else than a target store, or nothing."""
 

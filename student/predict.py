@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
@@ -24,10 +23,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from stores.ahead import read_ahead
-from stores.decode import Frame, decode_video, read_header
+from stores.decode import Frame, decode_images, decode_video, read_header
 from stores.errors import TinyHDError, VideoError
+from stores.finding import find_videos
+from stores.images import list_images
 from stores.progress import Progress
-from stores.videos import VideoFile, find_videos, hash_file
+from stores.videos import VideoFile, hash_file
 from student.config import CLIP_FRAMES, TinyHDConfig
 from student.pictures import GrayMap, Map, VideoWriter, gray_map, overlay_gray, resize_map
 from student.runtimes import Runtime
@@ -128,6 +129,7 @@ def predict_videos(
     settings: PredictSettings,
     *,
     weights_hash: str,
+    split: str | None = None,
 ) -> PredictReport:
     """Write saliency maps of videos below ``out``, a folder for each.
 
@@ -135,18 +137,22 @@ def predict_videos(
     stopped in, frames that have their picture are not computed again.
 
     Args:
-        paths: Videos, or folders that are searched for them.
+        paths: Videos, folders that are searched for them, data sets and catalogues.
         out: Where to write: ``<video>/maps/<frame>.png``, ``<video>/overlay.mp4`` and a record.
+            Frames of a video file are numbered from 0, those that are images keep their names.
         runtime: The student.
         settings: What to write.
         weights_hash: SHA-256 of the student's file, which decides what can be kept.
+        split: Take this split of data sets and catalogues alone.
 
     Raises:
         VideoError: If a path holds no video.
         PredictionError: If nothing can be written.
     """
     # An overlay lies beside its record; it is no video to predict, wherever ``out`` is.
-    videos = [v for v in find_videos(paths) if not (v.absolute.parent / RECORD).is_file()]
+    videos = [
+        v for v in find_videos(paths, split=split) if not (v.absolute.parent / RECORD).is_file()
+    ]
     frames = {video.id: _frames_told(video) for video in videos}
     report = PredictReport()
     total = sum(frames.values())
@@ -197,15 +203,16 @@ def _predict_video(
     runtime.begin_video()
     count = 0
     with ExitStack() as stack:
-        prepared = _prepare(video.absolute, runtime.config)
+        named = _NamedFrames(video.absolute)
+        prepared = _prepare(named, runtime.config)
         frames = stack.enter_context(closing(read_ahead(prepared, line)))
         overlay = None
         if settings.overlay:
             fps = header.fps or DEFAULT_FPS
             overlay = stack.enter_context(VideoWriter(folder / "overlay.mp4", fps=fps))
-        writer = _Writer(folder, settings, overlay, line)
+        writer = _Writer(folder, settings, overlay, line, named)
         stack.enter_context(closing(writer))
-        for index, frame, saliency in _mapped(frames, runtime, writer.known):
+        for index, frame, saliency in _mapped(frames, runtime, writer.has):
             writer.write(index, frame, saliency)
             progress.advance()
             count += 1
@@ -219,10 +226,38 @@ Pixels = npt.NDArray[np.float32]
 """A frame as the network wants it, ``(3, H, W)``."""
 
 
-def _prepare(path: Path, config: TinyHDConfig) -> Iterator[tuple[Frame, Pixels]]:
-    """Decode frames; resize them without rounding, as the published evaluation does."""
+class _NamedFrames:
+    """Frames of a video, and what the map of each is called.
+
+    Args:
+        path: A video file, whose frames are numbered, or a folder of images, which have names.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stems: list[str] | None = None
+        if path.is_dir():
+            self._stems = []
+            names = list_images(path)
+            self._has_twins = len({Path(name).stem for name in names}) < len(names)
+
+    def __iter__(self) -> Iterator[Frame]:
+        if self._stems is None:
+            yield from decode_video(self._path)
+            return
+        for name, frame in decode_images(self._path):
+            self._stems.append(name if self._has_twins else Path(name).stem)
+            yield frame
+
+    def name_of(self, index: int) -> str:
+        """Return the file name of a map, whose frame must have been read."""
+        return f"{index:06d}.png" if self._stems is None else f"{self._stems[index]}.png"
+
+
+def _prepare(frames: Iterable[Frame], config: TinyHDConfig) -> Iterator[tuple[Frame, Pixels]]:
+    """Resize frames without rounding, as the published evaluation does."""
     size = (config.height, config.width)
-    for frame in decode_video(path):
+    for frame in frames:
         picture = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
         resized = F.interpolate(picture, size, mode="bilinear").permute(0, 2, 3, 1)
         clip = normalise_frames(resized[None])  # 1 3 1 H W
@@ -230,7 +265,7 @@ def _prepare(path: Path, config: TinyHDConfig) -> Iterator[tuple[Frame, Pixels]]
 
 
 def _mapped(
-    frames: Iterable[tuple[Frame, Pixels]], runtime: Runtime, known: set[int]
+    frames: Iterable[tuple[Frame, Pixels]], runtime: Runtime, is_known: Callable[[int], bool]
 ) -> Iterator[tuple[int, Frame, Map | None]]:
     """Yield every frame with its map, in order; without a map where it is known already.
 
@@ -248,7 +283,7 @@ def _mapped(
     passed: deque[Window[Pixels]] = deque(maxlen=PASSED_BY)
     windows = clip_windows(pixels(), output_frames=number)
     while batch := list(islice(windows, runtime.batch)):
-        wanted = [window for window in batch if not known.issuperset(_indices(window, number))]
+        wanted = [window for window in batch if not all(map(is_known, _indices(window, number)))]
         newest = [window.newest for window in wanted]
         passed.extend(window for window in batch if window.newest not in newest)
         if wanted:
@@ -280,17 +315,25 @@ class _Writer:
     """Draw and write in threads while the network computes; in order where order matters."""
 
     def __init__(
-        self, folder: Path, settings: PredictSettings, overlay: VideoWriter | None, line: int
+        self,
+        folder: Path,
+        settings: PredictSettings,
+        overlay: VideoWriter | None,
+        line: int,
+        named: _NamedFrames,
     ) -> None:
         self._maps, self._settings, self._overlay = folder / "maps", settings, overlay
         self._line = line
         self._maps.mkdir(exist_ok=True)
-        names = (re.fullmatch(r"(\d{6,})\.png", file.name) for file in self._maps.iterdir())
-        self.known = {int(name[1]) for name in names if name}
-        """Frames whose map an earlier run has written."""
+        self._named = named
+        self._known = {file.name for file in self._maps.iterdir()}
         self._pool = ThreadPoolExecutor(RENDER_THREADS, thread_name_prefix="render")
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")  # one: in order
         self._waiting: deque[Future[None]] = deque()
+
+    def has(self, index: int) -> bool:
+        """Return whether an earlier run has written a frame's map."""
+        return self._named.name_of(index) in self._known
 
     def write(self, index: int, frame: Frame, saliency: Map | None) -> None:
         """Take the next frame; wait if too many are waiting."""
@@ -311,7 +354,7 @@ class _Writer:
         self._encoder.shutdown(wait=True, cancel_futures=True)
 
     def _draw(self, index: int, frame: Frame, saliency: Map | None) -> npt.NDArray[np.uint8] | None:
-        path = self._maps / f"{index:06d}.png"
+        path = self._maps / self._named.name_of(index)
         if saliency is None:
             gray = _read_map(path, frame)
         else:
@@ -322,7 +365,7 @@ class _Writer:
             height, width = frame.shape[:2]
             gray = finish_map(saliency, height, width, self._settings.post_processing)
             if self._settings.maps:
-                partial = path.with_suffix(".partial")
+                partial = path.with_name(f"{path.name}.partial")
                 Image.fromarray(gray).save(partial, format="png", compress_level=1)
                 partial.replace(path)
         if self._overlay is None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from stores.finding import find_videos
 from stores.probing import Probe, probe_videos
-from stores.videos import VideoRecord, find_videos
+from stores.videos import VideoRecord
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED = PROJECT.parent / "shared"

@@ -16,8 +16,9 @@ import pytest
 
 from stores import probing
 from stores.decode import decode_video
+from stores.finding import find_videos
 from stores.probing import Probe, ProbeFailure, probe_videos
-from stores.videos import VideoFile, find_videos, hash_file
+from stores.videos import VideoFile, hash_file
 
 if TYPE_CHECKING:
     from tests.conftest import MakeVideo
@@ -117,9 +118,9 @@ def test_decoder_that_crashes_takes_nothing_with_it(
 
 def test_decoders_end_with_whoever_asked(folder: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from stores import probing, videos; "
+        "import sys; from pathlib import Path; from stores import finding, probing; "
         f"probing.PROGRAM = {HANGING!r}; "
-        f"list(probing.probe_videos(videos.find_videos([Path({str(folder)!r})])))"
+        f"list(probing.probe_videos(finding.find_videos([Path({str(folder)!r})])))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 30

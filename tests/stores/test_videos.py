@@ -12,7 +12,7 @@ import pytest
 
 from stores.decode import decode_video
 from stores.errors import VideoError
-from stores.videos import find_videos
+from stores.finding import find_videos
 from tests.conftest import probe
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from student.pictures import gray_map, resize_map
 from student.predict import (
     PredictReport,
     PredictSettings,
+    _NamedFrames,
     _Writer,
     clip_windows,
     finish_map,
@@ -265,7 +266,8 @@ def test_what_was_predicted_is_no_video_to_predict(tmp_path: Path, make_video: M
 def test_frames_wait_in_a_short_line(tmp_path: Path, make_video: MakeVideo) -> None:
     """However slow drawing is, few frames are held at once."""
     make_video(tmp_path / "v.avi", frames=60)
-    writer = _Writer(tmp_path, PredictSettings(overlay=False), None, line=3)
+    named = _NamedFrames(tmp_path / "v.avi")
+    writer = _Writer(tmp_path, PredictSettings(overlay=False), None, line=3, named=named)
     for index, frame in enumerate(decode_video(tmp_path / "v.avi")):
         writer.write(index, frame, np.full((8, 8), 0.1, np.float32))
         assert len(writer._waiting) <= 3

@@ -1,0 +1,399 @@
+"""What recorded eyes say of a frame: a continuous map, and where the eyes landed.
+
+Labels are paired with frames by name where frames are images, else by number: ``0001.png`` is about
+frame 0. Everything is read at the size in which it was recorded.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from stores.datasets import LabelFolders
+from stores.errors import GroundTruthError, ImageError
+from stores.images import GrayImage, check_png, list_images, read_gray, read_size
+
+MAT_SUFFIX: Final = ".mat"
+MAT_VARIABLE: Final = "I"
+SHOWN: Final = 3
+"""Files that a problem names."""
+
+FixationMap = npt.NDArray[np.bool_]
+"""Where eyes landed, ``(height, width)``."""
+
+
+class FrameTruth(NamedTuple):
+    """What recorded eyes say of one frame; nothing where that was not recorded."""
+
+    density: GrayImage | None
+    """The continuous map, 8 or 16 bits; black if no eye was on the frame."""
+    fixations: FixationMap | None
+
+
+class Points(NamedTuple):
+    """Fixated pixels, one for each observer that was on the frame."""
+
+    rows: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int64]
+    observers: tuple[str, ...]
+    """Who looked there; empty names where that is not told."""
+
+
+@dataclass(frozen=True)
+class LabelCensus:
+    """What labels of a video there are, from a look at names, sizes and ends of files."""
+
+    maps: int = 0
+    """Frames with a continuous map."""
+    fixations: int = 0
+    """Frames with a fixation map or points."""
+    labelled: int = 0
+    """Frames with either."""
+    problems: tuple[str, ...] = ()
+
+
+class GroundTruth:
+    """The recorded eyes of one video.
+
+    Args:
+        root: The data set's folder.
+        labels: Where they lie below it.
+        frames: Number of frames of the video.
+        names: Names of the images that are its frames; nothing for a video file.
+        size: Height and width of the video; with it, labels of another size are an error.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        labels: LabelFolders,
+        *,
+        frames: int,
+        names: Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self._root, self._labels, self._size = root, labels, size
+        self.num_frames = frames
+        self._names = names
+        if names is not None and len(names) != frames:
+            raise ValueError(f"{frames} frames with {len(names)} names")
+        self._maps, self._extra_maps = self._pair(self._files(labels.maps))
+        self._fixations, self._extra_fixations = self._pair(self._fixation_files())
+
+    @cached_property
+    def frames(self) -> list[int]:
+        """Frames that have a map, a fixation map or points, in order."""
+        return sorted({*self._maps, *self._fixations, *self._points})
+
+    @property
+    def has_observers(self) -> bool:
+        """Whether it is told who looked where."""
+        return any(any(points.observers) for points in self._points.values())
+
+    def name_of(self, frame: int) -> str:
+        """Return the file name of a frame's label, or what it would be, without its suffix."""
+        if frame in self._maps:
+            return self._maps[frame].stem
+        if frame in self._fixations:
+            return self._fixations[frame].stem
+        if self._names is not None:
+            return Path(self._names[frame]).stem
+        return f"{frame + 1:04d}"
+
+    def read(self, frame: int) -> FrameTruth:
+        """Read the labels of a frame.
+
+        Raises:
+            GroundTruthError: If a file is damaged, or sizes differ.
+        """
+        density = self.read_density(frame)
+        fixations = self.read_fixations(frame)
+        shapes = {
+            self._maps.get(frame): None if density is None else density.shape,
+            self._fixations.get(frame): None if fixations is None else fixations.shape,
+        }
+        self._check_sizes(frame, {path: shape for path, shape in shapes.items() if path and shape})
+        return FrameTruth(density, fixations)
+
+    def read_density(self, frame: int) -> GrayImage | None:
+        """Read the continuous map of a frame, if it has one.
+
+        Raises:
+            GroundTruthError: If it is damaged.
+        """
+        path = self._maps.get(frame)
+        return None if path is None else _read_gray(path)
+
+    def read_fixations(self, frame: int) -> FixationMap | None:
+        """Read where eyes landed on a frame, if that was recorded.
+
+        Raises:
+            GroundTruthError: If the file is damaged.
+        """
+        path = self._fixations.get(frame)
+        if path is not None:
+            return _read_mat(path) if path.suffix.lower() == MAT_SUFFIX else _read_gray(path) > 0
+        points = self.read_points(frame)
+        if points is None:
+            return None
+        height, width = self._label_size(frame)
+        return fixation_map(points.rows, points.columns, height, width)
+
+    def read_points(self, frame: int) -> Points | None:
+        """Return the fixated points of a frame, where the data set has a table of them."""
+        return self._points.get(frame)
+
+    def census(self) -> LabelCensus:
+        """Look at the labels without decoding them: pairing, sizes, whether files are cut off."""
+        problems = []
+        paired = len({*self._maps, *self._fixations})
+        recorded = len(self.frames)
+        if recorded and recorded < self.num_frames:
+            problems.append(f"{self.num_frames} frames, {recorded} of them with labels")
+        for what, extra, paired_files in (
+            ("maps", self._extra_maps, self._maps),
+            ("fixation maps", self._extra_fixations, self._fixations),
+        ):
+            if extra:
+                number = len(extra) + len(paired_files)
+                paths = [str(self._relative(path)) for path in extra]
+                problems.append(
+                    f"{len(extra)} of {number} {what} belong to none of the {self.num_frames} "
+                    f"frames: {_some(paths)}"
+                )
+        bad: set[int] = set()
+        for frame in self.frames if paired else ():
+            sizes = {}
+            for files in (self._maps, self._fixations):
+                if (path := files.get(frame)) is None:
+                    continue
+                try:
+                    sizes[path] = _quick_size(path)
+                except ImageError as error:
+                    problems.append(str(error))
+                    bad.add(frame)
+            try:
+                known = {path: size for path, size in sizes.items() if size is not None}
+                self._check_sizes(frame, known)
+            except GroundTruthError as error:
+                problems.append(str(error))
+                bad.add(frame)
+        return LabelCensus(
+            maps=len(self._maps.keys() - bad),
+            fixations=len((self._fixations.keys() | self._points.keys()) - bad),
+            labelled=len(set(self.frames) - bad),
+            problems=tuple(problems),
+        )
+
+    @cached_property
+    def _points(self) -> Mapping[int, Points]:
+        if not self._labels.points:
+            return {}
+        return _read_table(self._root / self._labels.points, self.num_frames)
+
+    def _files(self, folder: str) -> list[Path]:
+        if not folder:
+            return []
+        return [self._root / folder / name for name in list_images(self._root / folder)]
+
+    def _fixation_files(self) -> list[Path]:
+        """Return files of fixations; a ``.mat`` where there is no image of the same name."""
+        if not (folder := self._labels.fixations):
+            return []
+        files = {path.stem: path for path in reversed(self._mats(f"{folder}/maps"))}
+        files |= {path.stem: path for path in self._mats(folder)}
+        files |= {
+            path.stem: path for path in self._mats(self._labels.maps) if path.stem not in files
+        }
+        files |= {path.stem: path for path in self._files(folder)}
+        return list(files.values())
+
+    def _mats(self, folder: str) -> list[Path]:
+        path = self._root / folder
+        if not folder or not path.is_dir():
+            return []
+        names = sorted(name for name in os.listdir(path) if not name.startswith("._"))
+        return [path / name for name in names if name.lower().endswith(MAT_SUFFIX)]
+
+    def _pair(self, files: Sequence[Path]) -> tuple[dict[int, Path], list[Path]]:
+        """Return files by the frame they are about, and those that are about none."""
+        frame_of = pair_labels([path.stem for path in files], self.num_frames, self._names)
+        paired: dict[int, Path] = {}
+        extra = []
+        for path, frame in zip(files, frame_of, strict=True):
+            if frame is None or paired.setdefault(frame, path) != path:
+                extra.append(path)
+        return paired, extra
+
+    def _check_sizes(self, frame: int, sizes: Mapping[Path, tuple[int, ...]]) -> None:
+        if len(set(sizes.values())) > 1:
+            told = [f"{path} is {_size(shape)}" for path, shape in sizes.items()]
+            raise GroundTruthError(f"labels of one frame differ in size: {', '.join(told)}")
+        for path, shape in sizes.items():
+            if self._size is not None and shape != self._size:
+                what = f"frame {frame}" if self._names is None else self._names[frame]
+                raise GroundTruthError(
+                    f"{path} is {_size(shape)}, and {what} of its video {_size(self._size)}"
+                )
+
+    def _label_size(self, frame: int) -> tuple[int, int]:
+        if self._size is not None:
+            return self._size
+        if (path := self._maps.get(frame)) is not None:
+            return _image_size(path)
+        raise GroundTruthError(
+            f"{self._root / self._labels.points} gives points, but the frames' size is not known"
+        )
+
+    def _relative(self, path: Path) -> Path:
+        return path.relative_to(self._root)
+
+
+def pair_labels(stems: Sequence[str], frames: int, names: Sequence[str] | None) -> list[int | None]:
+    """Return for each label the frame it is about, or nothing if there is none.
+
+    Labels of images have the images' names; where no name fits and there are as many labels as
+    images, they are paired in their order. Labels of a video file are numbered from 1, or from 0 if
+    there is a number 0.
+
+    Args:
+        stems: File names of labels without suffix, in natural order.
+        frames: Number of frames.
+        names: File names of the frames, where they are images.
+    """
+    if names is not None:
+        index = {Path(name).stem: number for number, name in enumerate(names)}
+        found = [index.get(stem) for stem in stems]
+        if any(frame is not None for frame in found) or len(stems) != frames:
+            return found
+        return list(range(frames))
+    numbers = [int(stem) if stem.isdecimal() and stem.isascii() else None for stem in stems]
+    first = 0 if 0 in numbers else 1
+    return [
+        number - first if number is not None and 0 <= number - first < frames else None
+        for number in numbers
+    ]
+
+
+def fixation_map(
+    rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64], height: int, width: int
+) -> FixationMap:
+    """Return a map of fixated points; those outside of it are left out."""
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    fixations = np.zeros((height, width), np.bool_)
+    fixations[rows[inside], columns[inside]] = True
+    return fixations
+
+
+def move_points(
+    rows: npt.NDArray[np.int64],
+    columns: npt.NDArray[np.int64],
+    size: tuple[int, int],
+    new_size: tuple[int, int],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return where points of a map lie in one of another size: pixel centres go with the map.
+
+    Fixation maps are never resized as images: that would invent or lose fixations.
+    """
+    moved = (
+        np.floor((values + 0.5) * new / old).astype(np.int64)
+        for values, old, new in zip((rows, columns), size, new_size, strict=True)
+    )
+    new_rows, new_columns = moved
+    return new_rows, new_columns
+
+
+def resize_fixations(fixations: FixationMap, height: int, width: int) -> FixationMap:
+    """Return a fixation map at another size, with its points moved."""
+    if fixations.shape == (height, width):
+        return fixations
+    rows, columns = np.nonzero(fixations)
+    moved = move_points(rows, columns, (fixations.shape[0], fixations.shape[1]), (height, width))
+    return fixation_map(*moved, height, width)
+
+
+def _read_gray(path: Path) -> GrayImage:
+    try:
+        return read_gray(path)
+    except ImageError as error:
+        raise GroundTruthError(str(error)) from error
+
+
+def _read_mat(path: Path) -> FixationMap:
+    """Read the variable ``I`` of a MATLAB file; nothing in it is run."""
+    from scipy.io import loadmat
+
+    try:
+        content: dict[str, Any] = loadmat(path, variable_names=[MAT_VARIABLE])
+    except NotImplementedError as error:
+        raise GroundTruthError(
+            f"{path} is a MATLAB file of version 7.3; save it anew with -v7"
+        ) from error
+    except Exception as error:  # a damaged file makes the parser fail in any way
+        raise GroundTruthError(f"cannot read {path}: {error}; is it damaged?") from error
+    values = content.get(MAT_VARIABLE)
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "buif":
+        raise GroundTruthError(f"{path} has no map in a variable {MAT_VARIABLE!r}")
+    return np.asarray(values > 0)
+
+
+def _read_table(path: Path, frames: int) -> dict[int, Points]:
+    """Read a table of points with columns ``frame`` (from 0), ``x``, ``y`` and maybe ``observer``.
+
+    Points of frames that are not there are left out.
+    """
+    found: dict[int, list[tuple[int, int, str]]] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file)
+            if missing := {"frame", "x", "y"} - set(table.fieldnames or ()):
+                raise GroundTruthError(f"{path} has no column {sorted(missing)[0]!r}")
+            for row in table:
+                frame = int(row["frame"])
+                point = (int(float(row["y"])), int(float(row["x"])), row.get("observer") or "")
+                if 0 <= frame < frames:
+                    found.setdefault(frame, []).append(point)
+    except OSError as error:
+        raise GroundTruthError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, OverflowError, csv.Error) as error:
+        raise GroundTruthError(f"{path}, line {table.line_num}: {error}") from error
+    return {
+        frame: Points(
+            np.array([row for row, _, _ in points], np.int64),
+            np.array([column for _, column, _ in points], np.int64),
+            tuple(observer for _, _, observer in points),
+        )
+        for frame, points in found.items()
+    }
+
+
+def _quick_size(path: Path) -> tuple[int, int] | None:
+    """Return a file's size as its head tells it; nothing for a ``.mat``, whose head does not."""
+    if path.suffix.lower() == MAT_SUFFIX:
+        if not path.stat().st_size:
+            raise ImageError(f"{path} is empty")
+        return None
+    return check_png(path) if path.suffix.lower() == ".png" else read_size(path)
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    try:
+        return read_size(path)
+    except ImageError as error:
+        raise GroundTruthError(str(error)) from error
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
