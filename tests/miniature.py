@@ -39,6 +39,7 @@ MAP_WIDTHS: Final = 0.02
 """Sigma of a fixation in a saliency map, in widths: 12.74 pixels of 640."""
 CLIP_WIDTH: Final = 320
 """Clips that are twice or four times as wide are kept at this width; none is needed wider."""
+SOUND_RATE: Final = 8000
 MAT_HEADER: Final = b"MATLAB 5.0 MAT-file, Platform: miniature".ljust(116)
 """In place of scipy's, which tells the time."""
 
@@ -71,6 +72,8 @@ DHF1K: Final[Mapping[int, Span]] = {
     701: Span(BIKES, 200, 234),
 }
 UNLABELLED: Final = 701
+SILENT: Final = (3, 701)
+"""Most videos of DHF1K have an audio stream; these have none."""
 UNSEEN: Final[Mapping[int, int]] = {2: 3}
 """How many first frames of a DHF1K video nobody fixates."""
 
@@ -448,7 +451,7 @@ def spread(fixations: npt.NDArray[np.bool_]) -> Pixels:
     return np.rint(255 * density / density.max()).astype(np.uint8)
 
 
-def write_video(path: Path, frames: Pixels, *, rate: Fraction) -> None:
+def write_video(path: Path, frames: Pixels, *, rate: Fraction, with_sound: bool = False) -> None:
     """Write MPEG-4 part 2 into an AVI, or H.264 into an MP4, with a key frame every 12 frames."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_h264 = path.suffix.lower() == ".mp4" and "libx264" in av.codecs_available
@@ -460,10 +463,19 @@ def write_video(path: Path, frames: Pixels, *, rate: Fraction) -> None:
             stream = container.add_stream("mpeg4", rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        for picture in frames:
+        sound = container.add_stream("pcm_s16le", rate=SOUND_RATE) if with_sound else None
+        for index, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             container.mux(stream.encode(frame))
+            if sound is not None:
+                start, stop = (int(i * SOUND_RATE / rate) for i in (index, index + 1))
+                silence = np.zeros((1, stop - start), np.int16)
+                samples = av.AudioFrame.from_ndarray(silence, format="s16", layout="mono")
+                samples.sample_rate, samples.pts = SOUND_RATE, start
+                container.mux(sound.encode(samples))
         container.mux(stream.encode())
+        if sound is not None:
+            container.mux(sound.encode())
 
 
 def write_png(path: Path, picture: Pixels) -> None:
@@ -507,7 +519,12 @@ def _make_dhf1k(root: Path, seed: int) -> None:
     width, height = DHF1K_SIZE
     for number, span in DHF1K.items():
         frames = read_span(span, width=width, height=height)
-        write_video(root / "video" / f"{number:03d}.AVI", frames, rate=Fraction(30))
+        write_video(
+            root / "video" / f"{number:03d}.AVI",
+            frames,
+            rate=Fraction(30),
+            with_sound=number not in SILENT,
+        )
         if number != UNLABELLED:
             seen = look(frames, f"{number:03d}", seed=seed, unseen=UNSEEN.get(number, 0))
             stems = [f"{index:04d}" for index in range(1, len(frames) + 1)]
