@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -15,6 +17,9 @@ import torch
 from stores.finding import find_videos
 from stores.probing import Probe, probe_videos
 from stores.videos import VideoRecord
+
+if TYPE_CHECKING:
+    from tests.miniature import Kind
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED = PROJECT.parent / "shared"
@@ -85,6 +90,18 @@ def make_video() -> MakeVideo:
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
         return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def miniatures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
+    """Give the root of a small data set of a kind, made once; a test that writes copies it."""
+    from tests.miniature import make_fixture
+
+    @functools.cache
+    def make(kind: Kind) -> Path:
+        return make_fixture(tmp_path_factory.mktemp("miniatures") / kind, kind)
 
     return make
 
