@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -260,9 +260,9 @@ class GroundTruth:
 def pair_labels(stems: Sequence[str], frames: int, names: Sequence[str] | None) -> list[int | None]:
     """Return for each label the frame it is about, or nothing if there is none.
 
-    Labels of images have the images' names; where no name fits and there are as many labels as
-    images, they are paired in their order. Labels of a video file are numbered from 1, or from 0 if
-    there is a number 0.
+    Labels of images have the images' names. Where there are as many labels as images and no name
+    fits, or all are numbered with an offset, they are paired in their order. Labels of a video file
+    are numbered from 1, or from 0 if there is a number 0.
 
     Args:
         stems: File names of labels without suffix, in natural order.
@@ -272,15 +272,25 @@ def pair_labels(stems: Sequence[str], frames: int, names: Sequence[str] | None) 
     if names is not None:
         index = {Path(name).stem: number for number, name in enumerate(names)}
         found = [index.get(stem) for stem in stems]
-        if any(frame is not None for frame in found) or len(stems) != frames:
+        fitting = len(found) - found.count(None)
+        if len(stems) != frames or fitting == frames:
             return found
-        return list(range(frames))
-    numbers = [int(stem) if stem.isdecimal() and stem.isascii() else None for stem in stems]
+        steps = {
+            None if label is None or image is None else label - image
+            for label, image in zip(_numbers(stems), _numbers(index), strict=True)
+        }
+        in_order = not fitting or (len(steps) == 1 and steps != {None})
+        return list(range(frames)) if in_order else found
+    numbers = _numbers(stems)
     first = 0 if 0 in numbers else 1
     return [
         number - first if number is not None and 0 <= number - first < frames else None
         for number in numbers
     ]
+
+
+def _numbers(stems: Iterable[str]) -> list[int | None]:
+    return [int(stem) if stem.isdecimal() and stem.isascii() else None for stem in stems]
 
 
 def fixation_map(
