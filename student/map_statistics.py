@@ -1,0 +1,73 @@
+"""What several measures need of a batch of maps, computed once and only when asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class MapStatistics:
+    """A batch of maps as rows of pixels, with their statistics.
+
+    Shape:
+        - values: ``(B, N)``, float64
+        - lowest, highest, total, unit_total, norm: ``(B, 1)``
+        - constant, zero: ``(B,)``, bool
+        - unit, centred: ``(B, N)``
+
+    Args:
+        values: The pixels.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @cached_property
+    def lowest(self) -> Tensor:
+        return self.values.amin(1, keepdim=True)
+
+    @cached_property
+    def highest(self) -> Tensor:
+        return self.values.amax(1, keepdim=True)
+
+    @cached_property
+    def constant(self) -> Tensor:
+        return (self.lowest == self.highest)[:, 0]
+
+    @cached_property
+    def zero(self) -> Tensor:
+        return self.constant & (self.lowest == 0)[:, 0]
+
+    @cached_property
+    def total(self) -> Tensor:
+        return self.values.sum(1, keepdim=True)
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """The maps with their minimum at 0 and their maximum at 1; 0 for constant maps."""
+        extent = (self.highest - self.lowest).masked_fill(self.constant[:, None], 1.0)
+        # Divided, not multiplied by the inverse: 51/255 must reach the threshold 0.2.
+        return (self.values - self.lowest).div_(extent)
+
+    @cached_property
+    def unit_total(self) -> Tensor:
+        return self.unit.sum(1, keepdim=True)
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """``unit`` less its mean."""
+        return self.unit - self.unit_total / self.unit.shape[1]
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """Length of ``centred``: the standard deviation times the root of the number of pixels."""
+        norm: Tensor = torch.linalg.vector_norm(self.centred, dim=1, keepdim=True)
+        return norm
+
+    def repaired(self) -> MapStatistics:
+        """Return densities: negative maps raised to a minimum of 0, then zero maps made uniform."""
+        raised = self.values - self.lowest.clamp(max=0.0)
+        empty = raised.amax(1, keepdim=True) == 0
+        return MapStatistics(raised.masked_fill(empty, 1.0))

@@ -1,0 +1,106 @@
+"""Formulas of the measures that are no areas, for rows of pixels."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from student.map_statistics import MapStatistics
+from student.pixel_sets import PixelSets
+from student.protocols import EPSILON, Normalisation
+
+TINY: Final = 1e-20
+"""Added to the maps in the density form of IG."""
+
+
+def normalised_scanpath_saliency(
+    prediction: MapStatistics, fixations: PixelSets, *, ddof: int, constant_score: float
+) -> Tensor:
+    """Return NSS ``(B,)``: the mean at fixations of maps with mean 0 and standard deviation 1."""
+    size = prediction.values.shape[1]
+    deviations = fixations.mean(fixations.read(prediction.centred, padding=0.0))
+    score = deviations * math.sqrt(max(size - ddof, 0)) / prediction.norm[:, 0]
+    score = score.masked_fill(prediction.constant, constant_score)
+    return score.where(fixations.counts > 0, torch.nan)
+
+
+def linear_correlation(
+    prediction: MapStatistics, density: MapStatistics, *, constant_score: float
+) -> Tensor:
+    """Return CC ``(B,)``."""
+    covariance = _dot(prediction.centred, density.centred)
+    score = covariance / (prediction.norm * density.norm)[:, 0]
+    score = score.masked_fill(prediction.constant, constant_score)
+    return score.masked_fill(density.constant, torch.nan)
+
+
+def similarity(
+    prediction: MapStatistics, density: MapStatistics, *, minmax: bool, of_zero: float, repair: bool
+) -> Tensor:
+    """Return SIM ``(B,)``: the sum over pixels of the lesser of two maps that have sum 1."""
+    if not minmax:
+        if repair:
+            prediction, density = prediction.repaired(), density.repaired()
+        scaled = prediction.values * (density.total / prediction.total)
+        return _sum_of_lesser(scaled, density.values) / density.total[:, 0]
+    scaled = prediction.unit * (density.unit_total / prediction.unit_total)
+    score = _sum_of_lesser(scaled, density.unit) / density.unit_total[:, 0]
+    score = score.masked_fill(prediction.zero | density.zero, of_zero)
+    constant = (prediction.constant & ~prediction.zero) | (density.constant & ~density.zero)
+    return score.masked_fill(constant, torch.nan)
+
+
+def divergence(
+    prediction: MapStatistics, density: MapStatistics, *, epsilon: float, repair: bool
+) -> Tensor:
+    """Return KLD ``(B,)`` of the density from the prediction, both scaled to sum 1, in nats.
+
+    That is the sum of ``g * ln(epsilon + g / (p + epsilon))``; here numerator and denominator are
+    multiplied by the density's sum, which saves to divide the density by it.
+    """
+    if repair:
+        prediction, density = prediction.repaired(), density.repaired()
+    predicted = prediction.total.masked_fill(prediction.zero[:, None], 1.0)
+    total = density.total.masked_fill(density.zero[:, None], 1.0)
+    ratio = (prediction.values * (total / predicted)).add_(epsilon * total)
+    torch.div(density.values, ratio, out=ratio)
+    return _dot(density.values, ratio.add_(epsilon).log_()) / total[:, 0]
+
+
+def information_gain(
+    prediction: MapStatistics,
+    fixations: PixelSets,
+    baseline: MapStatistics | None,
+    *,
+    normalise: Normalisation,
+    repair: bool,
+) -> Tensor:
+    """Return IG ``(B,)`` in bits per fixation; without a baseline, the prediction's term alone."""
+    bits = _log_densities(prediction, fixations, normalise=normalise, repair=repair)
+    if baseline is not None:
+        bits = bits - _log_densities(baseline, fixations, normalise=normalise, repair=repair)
+    return fixations.mean(bits)
+
+
+def _log_densities(
+    maps: MapStatistics, fixations: PixelSets, *, normalise: Normalisation, repair: bool
+) -> Tensor:
+    """Return the binary logarithms of densities at the fixations, ``(B, n)``."""
+    if normalise == "minmax":  # the sum of a constant map is 0, and all else NaN
+        return (fixations.read(maps.unit, padding=1.0) / maps.unit_total + EPSILON).log2()
+    if repair:
+        maps = maps.repaired()
+    total = maps.total + TINY * maps.values.shape[1]
+    return ((fixations.read(maps.values, padding=1.0) + TINY) / total).log2()
+
+
+def _sum_of_lesser(first: Tensor, second: Tensor) -> Tensor:
+    return torch.minimum(first, second).sum(1)
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    products: Tensor = torch.linalg.vecdot(first, second)
+    return products

@@ -1,0 +1,93 @@
+"""Sets of pixels, as the fixated ones, of a batch of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PixelSets:
+    """A set of pixels for each frame, as indices into rows of pixels; every pixel counts once.
+
+    Shape:
+        - pixels: ``(B, n)``, int64, ascending; padded with 0 to the largest set, at least 1
+        - valid: ``(B, n)``, bool; False for padding
+        - counts: ``(B,)``, int64
+    """
+
+    pixels: Tensor
+    valid: Tensor
+    counts: Tensor
+
+    @classmethod
+    def from_masks(cls, masks: Tensor) -> PixelSets:
+        """Take what is positive in masks ``(B, H, W)`` of any real type."""
+        flat = (masks if masks.dtype == torch.bool else masks > 0).flatten()
+        return cls.from_flat(flat.nonzero()[:, 0], len(masks), masks[0].numel())
+
+    @classmethod
+    def from_points(
+        cls, points: Sequence[Tensor], height: int, width: int, *, device: torch.device
+    ) -> PixelSets:
+        """Take points (row, column), an int64 tensor ``(n, 2)`` for each frame.
+
+        Raises:
+            ValueError: If points are no pairs of integers or lie outside of the frame.
+        """
+        flat = []
+        for frame, pairs in enumerate(points):
+            if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
+                raise ValueError(
+                    f"fixations of frame {frame} of the batch must be (n, 2) integers, row and "
+                    f"column, got {tuple(pairs.shape)} {pairs.dtype}"
+                )
+            flat.append((frame * height + pairs[:, 0].long()) * width + pairs[:, 1])
+        counts = torch.tensor([len(pairs) for pairs in points])
+        pairs = torch.cat(list(points)) if len(points) else torch.zeros(0, 2)
+        size = torch.tensor([height, width], device=pairs.device)
+        outside = ((pairs < 0) | (pairs >= size)).any(1)
+        if outside.any():
+            first = int(outside.nonzero()[0])
+            frame = int((counts.cumsum(0) <= first).sum())
+            raise ValueError(
+                f"a fixation at {tuple(pairs[first].tolist())} (row, column) lies outside of frame "
+                f"{frame} of the batch, which is {height}x{width}"
+            )
+        return cls.from_flat(torch.unique(torch.cat(flat)).to(device), len(points), height * width)
+
+    @classmethod
+    def from_flat(cls, flat: Tensor, frames: int, size: int) -> PixelSets:
+        """Take ascending indices into the pixels of all frames, each of ``size`` pixels."""
+        frame = flat // size
+        counts = torch.bincount(frame, minlength=frames)
+        longest = _columns(counts)
+        column = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[frame]
+        pixels = flat.new_zeros((frames, longest))
+        pixels[frame, column] = flat - frame * size
+        valid = torch.arange(longest, device=flat.device) < counts[:, None]
+        return cls(pixels, valid, counts)
+
+    def __getitem__(self, frames: slice) -> PixelSets:
+        counts = self.counts[frames]
+        longest = _columns(counts)
+        return PixelSets(self.pixels[frames, :longest], self.valid[frames, :longest], counts)
+
+    def read(self, values: Tensor, *, padding: float) -> Tensor:
+        """Return the values ``(B, n)`` at the pixels of rows ``(B, N)``, or ``(1, N)`` for all."""
+        return (
+            values.expand(len(self.pixels), -1)
+            .gather(1, self.pixels)
+            .masked_fill(~self.valid, padding)
+        )
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean ``(B,)`` of values ``(B, n)``; NaN for an empty set."""
+        return values.masked_fill(~self.valid, 0.0).sum(1) / self.counts
+
+
+def _columns(counts: Tensor) -> int:
+    return max(1, int(counts.max())) if len(counts) else 1
