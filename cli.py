@@ -23,6 +23,8 @@ PUBLISHED_LICENCES = {
     "tinyhd-s-rc4": "published; ask its authors for a licence",
     "tinyhd-m-rc4": "published; ask its authors for a licence",
 }
+PROTOCOL_NAMES = ("dhf1k", "tinyhd", "pysaliency")
+MEASURE_NAMES = (*("auc_judd", "auc_borji", "auc_shuffled", "nss", "cc", "sim", "kld", "ig"),)
 DATASET_KINDS = ("dhf1k", "hollywood2", "ucf", "kinetics", "plain")
 EXIT_SOME_FAILED = 3
 EXIT_INTERRUPTED = 130
@@ -73,8 +75,8 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; run the same command again to continue", err=True)
             ctx.exit(EXIT_INTERRUPTED)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own; so is a reader of the output that has gone
         except Exception as error:  # sorted below: the user's are shown, ours raised again
             from stores.errors import TinyHDError
 
@@ -473,6 +475,98 @@ def predict_command(
     for name, reason in report.failures:
         click.echo(f"  failed: {name}: {reason}")
     if report.failures:
+        sys.exit(EXIT_SOME_FAILED)
+
+
+def _read_measures(
+    _context: click.Context, _parameter: click.Parameter, given: str | None
+) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(filter(None, (given or "").split(","))))
+    if odd := [name for name in names if name not in MEASURE_NAMES]:
+        raise click.UsageError(f"--measures takes {','.join(MEASURE_NAMES)}, got {odd[0]!r}")
+    return names or MEASURE_NAMES
+
+
+@cli.command("evaluate")
+@click.argument("source")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="Folder of a data set with recorded eyes, or its catalogue of tinyhd data scan.",
+)
+@click.option(
+    "--split", help="Videos to score on.  [default: val of DHF1K, test of others, else all]"
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the scores.")
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="SOURCE",
+    help="Score this, too, and say how sure the differences are; may be repeated.",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(PROTOCOL_NAMES),
+    default="dhf1k",
+    help="Rules of the measures; dhf1k: as the benchmark's, made exact.",
+)
+@click.option(
+    "--measures",
+    callback=_read_measures,
+    metavar="NAME,...",
+    help=f"Any of {', '.join(MEASURE_NAMES)}.  [default: all]",
+)
+@click.option(
+    "--other",
+    type=click.Choice(["scored", "train"]),
+    default="scored",
+    help="Videos whose fixations are the negatives of shuffled AUC.",
+)
+@click.option("--through-png", is_flag=True, help="Make maps 8-bit first, as the paper's were.")
+@click.option("--max-frames", type=click.IntRange(min=1), help="Score so many random frames.")
+@click.option("--skip-bad", is_flag=True, help="Leave out what is missing or damaged and list it.")
+@click.option(
+    "--baselines/--no-baselines", default=True, help="Score centre prior and observers, too."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of all that is drawn.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: all CPUs]")
+@click.option("--device", help="Where to compute, e.g. cuda:1.  [default: a GPU if there is one]")
+def evaluate_command(
+    *,
+    source: str,
+    compare: tuple[str, ...],
+    data: Path,
+    split: str | None,
+    out: Path,
+    device: str | None,
+    **options: Any,  # noqa: ANN401 - fields of EvaluateSettings
+) -> None:
+    """Score the saliency maps of SOURCE against the recorded eyes of a data set.
+
+    SOURCE is a checkpoint, or an ONNX file of tinyhd export; a folder of maps that any model has
+    written, with a folder for each video; or a label set of a store, as STORE/labels/NAME. With
+    NAME= before it, it is called so. In OUT are then report.json, a .csv for each source with a row
+    per video, and the scores of all frames. A stopped evaluation is continued by the same command.
+    Exits with 3 if something was left out.
+
+    \b
+    Example:
+        python cli.py evaluate runs/first/best.pt --data DHF1K.jsonl --out scores
+    """
+    from student.evaluate import evaluate
+    from student.memory import keep_freed_memory
+    from student.scored_set import EvaluateSettings
+    from student.sources import open_source
+
+    keep_freed_memory()
+    device = device or _best_device()
+    settings = EvaluateSettings(device=device, **options)
+    sources = [open_source(given, device=device) for given in (source, *compare)]
+    report = evaluate(sources, data, out, settings, split=split)
+    click.echo(report)
+    click.echo(f"see {out / 'report.json'}")
+    if report.skipped:
         sys.exit(EXIT_SOME_FAILED)
 
 

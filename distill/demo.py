@@ -21,10 +21,10 @@ from stores.errors import VideoError
 from stores.maps import render_maps
 from stores.shards import LabelSet
 from stores.targets import TargetStore
+from student.agreement import Agreement, compare_with_teacher
 from student.checkpoints import load_model
 from student.clips import Batch, ClipDataset, ClipKey, load_batches, split_clips
 from student.config import build_config
-from student.evaluate import Agreement, compare_with_teacher
 from student.metrics import kl_divergence
 from student.pictures import (
     Map,

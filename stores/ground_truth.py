@@ -114,33 +114,39 @@ class GroundTruth:
         Raises:
             GroundTruthError: If a file is damaged, or sizes differ.
         """
-        density = self.read_density(frame)
-        fixations = self.read_fixations(frame)
-        shapes = {
-            self._maps.get(frame): None if density is None else density.shape,
-            self._fixations.get(frame): None if fixations is None else fixations.shape,
-        }
-        self._check_sizes(frame, {path: shape for path, shape in shapes.items() if path and shape})
-        return FrameTruth(density, fixations)
+        truth = FrameTruth(self.read_density(frame), self.read_fixations(frame))
+        if truth.density is not None and truth.fixations is not None:
+            shapes = {self._maps[frame]: truth.density.shape}
+            if frame in self._fixations:
+                shapes[self._fixations[frame]] = truth.fixations.shape
+            self._check_sizes(frame, shapes)
+        return truth
 
     def read_density(self, frame: int) -> GrayImage | None:
         """Read the continuous map of a frame, if it has one.
 
         Raises:
-            GroundTruthError: If it is damaged.
+            GroundTruthError: If it is damaged, or has another size than the frame.
         """
         path = self._maps.get(frame)
-        return None if path is None else _read_gray(path)
+        if path is None:
+            return None
+        density = _read_gray(path)
+        self._check_sizes(frame, {path: density.shape})
+        return density
 
     def read_fixations(self, frame: int) -> FixationMap | None:
         """Read where eyes landed on a frame, if that was recorded.
 
         Raises:
-            GroundTruthError: If the file is damaged.
+            GroundTruthError: If the file is damaged, or has another size than the frame.
         """
         path = self._fixations.get(frame)
         if path is not None:
-            return _read_mat(path) if path.suffix.lower() == MAT_SUFFIX else _read_gray(path) > 0
+            is_mat = path.suffix.lower() == MAT_SUFFIX
+            fixations = _read_mat(path) if is_mat else _read_gray(path) > 0
+            self._check_sizes(frame, {path: fixations.shape})
+            return fixations
         points = self.read_points(frame)
         if points is None:
             return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from stores.errors import VideoError
@@ -20,6 +22,8 @@ Map = npt.NDArray[np.float32]
 
 GrayMap = npt.NDArray[np.uint8]
 """Saliency map as gray values, ``(height, width)``."""
+PostProcessing = Literal["plain", "paper"]
+"""How maps become pictures; see :func:`finish_map`."""
 
 # Black, red, yellow, white at even distances; brightness rises all the way.
 COLOUR_STOPS: Final = ((0, 0, 0), (190, 20, 30), (255, 190, 40), (255, 255, 255))
@@ -52,6 +56,36 @@ def gray_map(saliency: Map) -> GrayMap:
     low, high = float(saliency.min()), float(saliency.max())
     scale = 255 / (high - low) if high > low else 0.0
     return ((saliency - low) * scale).round().astype(np.uint8)
+
+
+def finish_map(saliency: Map, height: int, width: int, how: PostProcessing) -> GrayMap:
+    """Make a map of the network visible at a video's size.
+
+    ``paper`` follows TinyHD's published evaluation: scaled between minimum and maximum, cut to 8
+    bits, resized bicubically (a = -0.75), blurred with a Gaussian of 5x5 pixels and sigma 1.1.
+
+    Args:
+        saliency: ``(h, w)``.
+        height: Rows of the result.
+        width: Columns of the result.
+        how: ``plain`` or ``paper``.
+
+    Returns:
+        ``(height, width)``; a constant map is black.
+    """
+    if how == "plain":
+        return gray_map(resize_map(saliency, height, width))
+    low, high = float(saliency.min()), float(saliency.max())
+    scaled = (saliency - low) / (high - low) * 255 if high > low else np.zeros_like(saliency)
+    gray = torch.from_numpy(np.floor(scaled))[None, None]
+    resized = F.interpolate(gray, (height, width), mode="bicubic").round().clamp(0, 255)
+    offsets = torch.arange(-2, 3, dtype=torch.float32)
+    kernel = torch.exp(-offsets.square() / (2 * 1.1**2))
+    kernel = kernel / kernel.sum()
+    border = "reflect" if min(height, width) > 2 else "replicate"  # too small to reflect in
+    padded = F.pad(resized, (2, 2, 2, 2), mode=border)
+    blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 5, 1)), kernel.view(1, 1, 1, 5))
+    return blurred.round().clamp(0, 255)[0, 0].numpy().astype(np.uint8)
 
 
 def overlay_map(frame: Picture, saliency: Map) -> Picture:

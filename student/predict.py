@@ -7,49 +7,43 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from stores.ahead import read_ahead
 from stores.decode import Frame, decode_images, decode_video, read_header
 from stores.errors import TinyHDError, VideoError
 from stores.finding import find_videos
 from stores.images import list_images
 from stores.progress import Progress
 from stores.videos import VideoFile, hash_file
-from student.config import CLIP_FRAMES, TinyHDConfig
-from student.pictures import GrayMap, Map, VideoWriter, gray_map, overlay_gray, resize_map
+from student.inference import line_for, map_frames
+from student.pictures import (
+    GrayMap,
+    Map,
+    PostProcessing,
+    VideoWriter,
+    finish_map,
+    overlay_gray,
+)
 from student.runtimes import Runtime
-from student.streaming import PASSED_BY
-from student.tinyhd import normalise_frames
 
 log = logging.getLogger(__name__)
 
 RENDER_THREADS: Final = 2
-FRAMES_IN_LINE: Final = range(2, 33)
-"""Least and most frames that may be read ahead, and that may wait to be drawn and written."""
-LINE_BYTES: Final = 64 * 2**20
-"""What they should not exceed; large frames wait in shorter lines."""
 OVERLAY_SIDES: Final = range(2, 16385)
 """Rows or columns that H.264 holds, as its encoder has it."""
 DEFAULT_FPS: Final = Fraction(25)
 """Of an overlay whose video does not tell its own."""
 RECORD: Final = "prediction.json"
-
-PostProcessing = Literal["plain", "paper"]
-Item = TypeVar("Item")
 
 
 class PredictionError(TinyHDError):
@@ -94,32 +88,6 @@ class PredictReport:
         if self.failures:
             parts.append(f"{len(self.failures)} failed")
         return ", ".join(parts)
-
-
-class Window(NamedTuple, Generic[Item]):
-    """Frames that the network sees at once."""
-
-    frames: tuple[Item, ...]
-    """Oldest first; before the video's beginning, its first frame is repeated."""
-    newest: int
-    """Index of the newest frame."""
-
-
-def clip_windows(frames: Iterable[Item], *, output_frames: int) -> Iterator[Window[Item]]:
-    """Slide over a video so that every frame is among the newest ``output_frames`` of a window.
-
-    A TinyHD-S gets a window for each frame, a TinyHD-M windows that do not overlap in the frames
-    they map; but the last window ends with the video (TinyHD's published evaluation does so).
-    """
-    ring: deque[Item] = deque(maxlen=CLIP_FRAMES)
-    count = 0
-    for frame in frames:
-        ring.extend([frame] if count else [frame] * CLIP_FRAMES)
-        count += 1
-        if count % output_frames == 0:
-            yield Window(tuple(ring), count - 1)
-    if count % output_frames:
-        yield Window(tuple(ring), count - 1)
 
 
 def predict_videos(
@@ -198,21 +166,18 @@ def _predict_video(
             "--no-overlay"
         )
     folder = _begin(out / video.id, record)
-    line = LINE_BYTES // max(1, 3 * header.height * header.width)
-    line = min(max(line, FRAMES_IN_LINE[0]), FRAMES_IN_LINE[-1])
-    runtime.begin_video()
+    line = line_for(header.height, header.width)
     count = 0
     with ExitStack() as stack:
         named = _NamedFrames(video.absolute)
-        prepared = _prepare(named, runtime.config)
-        frames = stack.enter_context(closing(read_ahead(prepared, line)))
         overlay = None
         if settings.overlay:
             fps = header.fps or DEFAULT_FPS
             overlay = stack.enter_context(VideoWriter(folder / "overlay.mp4", fps=fps))
         writer = _Writer(folder, settings, overlay, line, named)
         stack.enter_context(closing(writer))
-        for index, frame, saliency in _mapped(frames, runtime, writer.has):
+        mapped = map_frames(named, runtime, line=line, is_known=writer.has)
+        for index, frame, saliency in stack.enter_context(closing(mapped)):
             writer.write(index, frame, saliency)
             progress.advance()
             count += 1
@@ -220,10 +185,6 @@ def _predict_video(
     (folder / RECORD).write_text(json.dumps(record | {"frames": count}, indent=1) + "\n")
     folder.replace(out / video.id)
     return count
-
-
-Pixels = npt.NDArray[np.float32]
-"""A frame as the network wants it, ``(3, H, W)``."""
 
 
 class _NamedFrames:
@@ -252,63 +213,6 @@ class _NamedFrames:
     def name_of(self, index: int) -> str:
         """Return the file name of a map, whose frame must have been read."""
         return f"{index:06d}.png" if self._stems is None else f"{self._stems[index]}.png"
-
-
-def _prepare(frames: Iterable[Frame], config: TinyHDConfig) -> Iterator[tuple[Frame, Pixels]]:
-    """Resize frames without rounding, as the published evaluation does."""
-    size = (config.height, config.width)
-    for frame in frames:
-        picture = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
-        resized = F.interpolate(picture, size, mode="bilinear").permute(0, 2, 3, 1)
-        clip = normalise_frames(resized[None])  # 1 3 1 H W
-        yield frame, clip[0, :, 0].contiguous().numpy()
-
-
-def _mapped(
-    frames: Iterable[tuple[Frame, Pixels]], runtime: Runtime, is_known: Callable[[int], bool]
-) -> Iterator[tuple[int, Frame, Map | None]]:
-    """Yield every frame with its map, in order; without a map where it is known already.
-
-    A frame waits until no later window can map it again: the last one overlaps the one before.
-    """
-    number = runtime.config.output_frames
-    natives: dict[int, Frame] = {}
-    waiting: dict[int, Map | None] = {}
-
-    def pixels() -> Iterator[Pixels]:
-        for index, (frame, resized) in enumerate(frames):
-            natives[index] = frame
-            yield resized
-
-    passed: deque[Window[Pixels]] = deque(maxlen=PASSED_BY)
-    windows = clip_windows(pixels(), output_frames=number)
-    while batch := list(islice(windows, runtime.batch)):
-        wanted = [window for window in batch if not all(map(is_known, _indices(window, number)))]
-        newest = [window.newest for window in wanted]
-        passed.extend(window for window in batch if window.newest not in newest)
-        if wanted:
-            for window in passed:
-                runtime.pass_by(_clips([window]), newest=[window.newest])
-            passed.clear()
-        maps = iter(runtime.predict(_clips(wanted), newest=newest) if wanted else ())
-        for window in batch:
-            indices = _indices(window, number)
-            is_wanted = window.newest in newest
-            window_maps = next(maps)[-len(indices) :] if is_wanted else [None] * len(indices)
-            for index in [index for index in waiting if index < indices[0]]:
-                yield index, natives.pop(index), waiting.pop(index)
-            waiting.update(zip(indices, window_maps, strict=True))
-    for index, saliency in waiting.items():
-        yield index, natives.pop(index), saliency
-
-
-def _indices(window: Window[Pixels], number: int) -> range:
-    return range(max(0, window.newest + 1 - number), window.newest + 1)
-
-
-def _clips(windows: Sequence[Window[Pixels]]) -> npt.NDArray[np.float32]:
-    """Return ``(B, 3, 16, H, W)``."""
-    return np.stack([np.stack(window.frames, 1) for window in windows])
 
 
 class _Writer:
@@ -377,36 +281,6 @@ class _Writer:
         picture = drawn.result()
         if self._overlay is not None and picture is not None:
             self._overlay.write(picture)
-
-
-def finish_map(saliency: Map, height: int, width: int, how: PostProcessing) -> GrayMap:
-    """Make a map of the network visible at a video's size.
-
-    ``paper`` follows TinyHD's published evaluation: scaled between minimum and maximum, cut to 8
-    bits, resized bicubically (a = -0.75), blurred with a Gaussian of 5x5 pixels and sigma 1.1.
-
-    Args:
-        saliency: ``(h, w)``.
-        height: Rows of the result.
-        width: Columns of the result.
-        how: ``plain`` or ``paper``.
-
-    Returns:
-        ``(height, width)``; a constant map is black.
-    """
-    if how == "plain":
-        return gray_map(resize_map(saliency, height, width))
-    low, high = float(saliency.min()), float(saliency.max())
-    scaled = (saliency - low) / (high - low) * 255 if high > low else np.zeros_like(saliency)
-    gray = torch.from_numpy(np.floor(scaled))[None, None]
-    resized = F.interpolate(gray, (height, width), mode="bicubic").round().clamp(0, 255)
-    offsets = torch.arange(-2, 3, dtype=torch.float32)
-    kernel = torch.exp(-offsets.square() / (2 * 1.1**2))
-    kernel = kernel / kernel.sum()
-    border = "reflect" if min(height, width) > 2 else "replicate"  # too small to reflect in
-    padded = F.pad(resized, (2, 2, 2, 2), mode=border)
-    blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 5, 1)), kernel.view(1, 1, 1, 5))
-    return blurred.round().clamp(0, 255)[0, 0].numpy().astype(np.uint8)
 
 
 def _frames_told(video: VideoFile) -> int:

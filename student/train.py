@@ -23,6 +23,7 @@ from stores.maps import MapLayout, render_maps
 from stores.progress import Progress
 from stores.shards import LabelSet
 from stores.targets import TargetStore
+from student.agreement import Agreement, compare_with_teacher
 from student.checkpoints import CheckpointError
 from student.clips import (
     Batch,
@@ -35,7 +36,6 @@ from student.clips import (
     spread_clips,
 )
 from student.config import TinyHDConfig
-from student.evaluate import Agreement, compare_with_teacher
 from student.losses import Losses, LossWeights, distillation_loss, wanted_maps
 from student.runs import RunDir
 from student.tinyhd import TinyHD, normalise_frames

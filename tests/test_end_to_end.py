@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from cli import cli
 from stores.targets import TargetStore
+from student.agreement import compare_with_teacher
 from student.checkpoints import load_model
 from student.clips import ClipDataset, ClipKey, load_batches, split_clips
 from student.config import build_config
-from student.evaluate import compare_with_teacher
 from student.tinyhd import TinyHD
 
 FRAMES = 60

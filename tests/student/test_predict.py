@@ -18,14 +18,13 @@ from PIL import Image
 from cli import cli
 from stores.decode import decode_video, read_header
 from student.checkpoints import save_checkpoint
-from student.pictures import gray_map, resize_map
+from student.inference import clip_windows
+from student.pictures import finish_map, gray_map, resize_map
 from student.predict import (
     PredictReport,
     PredictSettings,
     _NamedFrames,
     _Writer,
-    clip_windows,
-    finish_map,
     predict_videos,
 )
 from student.reference import import_weights

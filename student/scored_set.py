@@ -1,0 +1,273 @@
+"""The frames that maps are scored on, with what recorded eyes say of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+
+from stores.catalogue import Catalogue, CatalogueVideo, open_catalogue
+from stores.datasets import find_dataset
+from stores.errors import DatasetError, VideoError
+from stores.ground_truth import GroundTruth
+from student.baselines import (
+    CentrePrior,
+    learn_prior,
+    training_maps,
+)
+from student.fixations import VideoFixations, load_fixations
+from student.metrics import MEASURES, PROTOCOLS
+from student.protocols import ON_DENSITIES, Measure
+from student.scores import Skipped
+
+log = logging.getLogger(__name__)
+
+Pool = Literal["scored", "train"]
+DEFAULT_SPLITS: Final = {"dhf1k": "val", "hollywood2": "test", "ucf": "test"}
+POOL_FRAMES: Final = 50
+"""Frames of each training video whose fixations shuffled AUC draws from, at most."""
+VERSION: Final = 1
+"""Raised when the same maps would get other scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """How maps are scored."""
+
+    protocol: str = "dhf1k"
+    """Rules by which measures are computed and averaged; one of ``PROTOCOLS``."""
+    measures: tuple[Measure, ...] = MEASURES
+    other: Pool = "scored"
+    """Whose fixations shuffled AUC draws: of the other scored videos, or of training videos."""
+    seed: int = 0
+    """Of what is drawn: other fixations, frames, maps of the centre prior, bootstrap."""
+    max_frames: int | None = None
+    """Score so many frames of the whole set, chosen at random; all if not given."""
+    through_png: bool = False
+    """Bring float maps through 8 bits and a blur first, as published predictions were written."""
+    skip_bad: bool = False
+    """Leave out what is missing or damaged and list it; else it is an error."""
+    baselines: bool = True
+    """Score the centre prior and, where it is told who looked where, other observers, too."""
+    workers: int | None = None
+    """Threads that read and score; as many as there are CPUs if not given."""
+    device: str = "cpu"
+    """Where measures are computed, and students compute."""
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(
+                f"there is no protocol {self.protocol!r}; there are {', '.join(PROTOCOLS)}"
+            )
+        if unknown := set(self.measures) - set(MEASURES):
+            raise ValueError(
+                f"there is no measure {min(unknown)!r}; there are {', '.join(MEASURES)}"
+            )
+        if not self.measures:
+            raise ValueError(f"name a measure; there are {', '.join(MEASURES)}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the score of a map."""
+        names = ("protocol", "other", "seed", "max_frames", "through_png")
+        values = {name: getattr(self, name) for name in names}
+        return {"scoring": VERSION, "measures": list(self.measures), **values}
+
+
+class ScoredSet:
+    """The frames of a data set that are scored, and what is read once for all sources.
+
+    Use in a ``with``.
+
+    Args:
+        data: Folder of a data set, or its catalogue.
+        split: Which videos; that which the field reports on if not given.
+        settings: How maps are scored.
+
+    Raises:
+        DatasetError: If there is nothing to score on.
+        GroundTruthError: If recorded eyes are damaged and that is not to be left out.
+        VideoError: The same of a video.
+    """
+
+    def __init__(self, data: Path, split: str | None, settings: EvaluateSettings) -> None:
+        self.settings = settings
+        self._data = data
+        self.catalogue, self.split = _open(data, split)
+        self.left_out: list[Skipped] = []
+        bad = [b for b in self.catalogue.bad if self.split is None or self.split in b.splits]
+        if bad and not settings.skip_bad:
+            raise DatasetError(
+                f"{self.catalogue.root / bad[0].path} cannot be scored on: {bad[0].reason} "
+                f"({len(bad)} such videos); leave them out with --skip-bad"
+            )
+        self.left_out += [Skipped(item.id, None, item.reason) for item in bad]
+        self.videos: list[CatalogueVideo] = []
+        self.truths: list[GroundTruth] = []
+        for video in self.catalogue.choose(self.split):
+            self._take(video)
+        if not any(truth.frames for truth in self.truths):
+            raise DatasetError(
+                f"{data} has no recorded eyes"
+                + (f" in its split {self.split!r}" if self.split else "")
+                + "; see docs/datasets.md for where they are looked for"
+            )
+        self.numbers = {video.record.id: number for number, video in enumerate(self.videos)}
+        self.sizes = [(video.record.height, video.record.width) for video in self.videos]
+        self.frames = self._choose_frames()
+        self.workers = settings.workers or os.cpu_count() or 1
+
+    def __enter__(self) -> ScoredSet:
+        self.pool = ThreadPoolExecutor(
+            self.workers,
+            thread_name_prefix="score",
+            initializer=torch.set_num_threads,
+            initargs=(1,),
+        )
+        try:
+            self._read_fixations()
+        except BaseException:
+            self.pool.shutdown(cancel_futures=True)
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def _take(self, video: CatalogueVideo) -> None:
+        """Take a video, if it has recorded eyes; say what is wrong with it."""
+        if not video.labels:
+            return
+        id_ = video.record.id
+        if video.dropped and not self.settings.skip_bad:
+            raise DatasetError(
+                f"{video.record.absolute / video.dropped[0]} cannot be decoded; leave it out with "
+                "--skip-bad"
+            )
+        self.left_out += [
+            Skipped(id_, None, f"{name} cannot be decoded, and is no frame")
+            for name in video.dropped
+        ]
+        for problem in video.census.problems:
+            log.warning("%s: %s", id_, problem)
+        try:
+            truth = video.ground_truth()
+        except VideoError as error:
+            if not self.settings.skip_bad:
+                raise
+            self.left_out.append(Skipped(id_, None, str(error)))
+            return
+        self.videos.append(video)
+        self.truths.append(truth)
+
+    def _choose_frames(self) -> list[list[int]]:
+        frames = [truth.frames for truth in self.truths]
+        total = sum(map(len, frames))
+        if self.settings.max_frames is None or self.settings.max_frames >= total:
+            return frames
+        rng = np.random.default_rng(self.settings.seed)
+        chosen = np.zeros(total, np.bool_)
+        chosen[rng.choice(total, self.settings.max_frames, replace=False)] = True
+        parts = np.split(chosen, np.cumsum([len(part) for part in frames])[:-1])
+        return [
+            [frame for frame, is_chosen in zip(part, mask, strict=True) if is_chosen]
+            for part, mask in zip(frames, parts, strict=True)
+        ]
+
+    def _read_fixations(self) -> None:
+        """Read what location measures need; other fixations are drawn from all that was read."""
+        wanted = set(self.settings.measures) - ON_DENSITIES
+        self.fixations: list[VideoFixations] = []
+        self.others: list[VideoFixations] = []
+        if not wanted:
+            return
+        shuffles = "auc_shuffled" in wanted
+        takes_scored = shuffles and self.settings.other == "scored"
+        self.fixations = load_fixations(
+            self.truths,
+            self.sizes,
+            self.pool,
+            frames=None if takes_scored else self.frames,
+            skip_bad=self.settings.skip_bad,
+        )
+        self.others = self.fixations if takes_scored else []
+        if shuffles and not takes_scored:
+            self.others = self._training_fixations()
+        if shuffles and sum(bool(video.seen) for video in self.others) < 2:
+            log.warning("there are no other videos with fixations: shuffled AUC is undefined")
+
+    def _training_fixations(self) -> list[VideoFixations]:
+        videos = [video for video in self._training() if video.labels]
+        truths = [video.ground_truth() for video in videos]
+        sizes = [(video.record.height, video.record.width) for video in videos]
+        frames = []
+        for number, truth in enumerate(truths):
+            rng = np.random.default_rng([self.settings.seed, number])
+            count = min(POOL_FRAMES, len(truth.frames))
+            picks = rng.choice(len(truth.frames), count, replace=False)
+            frames.append([truth.frames[pick] for pick in sorted(picks)])
+        skip_bad = self.settings.skip_bad
+        return load_fixations(truths, sizes, self.pool, frames=frames, skip_bad=skip_bad)
+
+    def _training(self) -> list[CatalogueVideo]:
+        catalogue = self.catalogue
+        if "train" not in catalogue.splits and self._data.is_dir():
+            catalogue = open_catalogue(self._data, split="train")
+        return catalogue.choose("train")
+
+    @property
+    def has_observers(self) -> bool:
+        """Whether it is told who looked where."""
+        return any(truth.has_observers for truth in self.truths)
+
+    @cached_property
+    def prior(self) -> CentrePrior:
+        """Where people look, whatever is shown."""
+        is_training = bool(self.videos) and all("train" in video.splits for video in self.videos)
+        training = [
+            (Path(video.record.root), video.labels.maps)
+            for video in self.catalogue.videos
+            if "train" in video.splits
+        ]
+        if not training and not is_training and self._data.is_dir():
+            training = training_maps(self._data)
+        scored = [(Path(video.record.root), video.labels.maps) for video in self.videos]
+        return learn_prior(
+            scored, training, self.pool, is_training=is_training, seed=self.settings.seed
+        )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the scores of any source."""
+        digest = hashlib.sha256()
+        for video, frames in zip(self.videos, self.frames, strict=True):
+            labels = asdict(video.labels)
+            described = [video.record.id, video.record.content_hash.hex(), labels, list(frames)]
+            digest.update(json.dumps(described, sort_keys=True).encode())
+        values = {"data": self.catalogue.kind, "split": self.split, "videos": digest.hexdigest()}
+        if "ig" in self.settings.measures:
+            values["prior"] = self.prior.digest
+        return {**values, **self.settings.identity}
+
+
+def _open(data: Path, split: str | None) -> tuple[Catalogue, str | None]:
+    """Open a data set at a split, or at that which the field reports on."""
+    if not data.is_dir():
+        catalogue = Catalogue.load(data)
+        if split is None and (usual := DEFAULT_SPLITS.get(catalogue.kind)) in catalogue.splits:
+            split = usual
+        return catalogue, split
+    if split is None:
+        dataset = find_dataset(data)
+        usual = DEFAULT_SPLITS.get(dataset.kind)
+        split = usual if any(usual in video.splits for video in dataset.videos) else None
+    return open_catalogue(data, split=split), split
