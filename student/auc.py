@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from student.map_statistics import MapStatistics
-from student.pixel_sets import PixelSets
+from student.pixel_sets import PixelSets, find_true
 from student.protocols import Denominator, Grid, Ties
 
 Floats = npt.NDArray[np.float64]
@@ -22,32 +22,92 @@ STEPS: Final = 10
 """Steps from 0 to 1 of the thresholds of AUC-Borji and shuffled AUC."""
 
 
-def judd_auc(maps: MapStatistics, fixations: PixelSets, *, ties: Ties, seed: int) -> Tensor:
+class RankedPixels:
+    """Counts pixels at or above values near those at fixations, without sorting them all.
+
+    A histogram of the maps counts the pixels; only those in bins where a value may be asked for,
+    the candidates, are ever compared.
+
+    Args:
+        maps: B maps of N pixels.
+        fixations: Where maps have the values that will be asked for; those of the grid may be, too.
+    """
+
+    def __init__(self, maps: MapStatistics, fixations: PixelSets) -> None:
+        self.maps, self.fixations = maps, fixations
+        frames, size = maps.unit.shape
+        self._starts = torch.arange(frames, device=maps.unit.device)[:, None] * (BINS + 1)
+        bins = (maps.unit * BINS).to(torch.int32).add_(self._starts.int()).flatten()
+        grid = grid_thresholds(maps)[1:].expand(frames, -1)
+        places = torch.cat([fixations.read(maps.unit, padding=1.0), grid], 1)
+        marked = torch.zeros(frames * (BINS + 1), dtype=torch.bool, device=bins.device)
+        marked[self._bins_of(places).flatten()] = True
+        counts = torch.bincount(bins, minlength=len(marked)).masked_fill_(marked, 0)
+        counts = counts.view(frames, BINS + 1)
+        self._higher = counts.sum(1, keepdim=True) - counts.cumsum(1)
+        self._candidates = PixelSets.from_flat(
+            find_true(marked.index_select(0, bins)), frames, size
+        )
+
+    def count_at_least(self, values: Tensor, asked: Tensor, places: Tensor) -> Tensor:
+        """Count the pixels of each map that reach each value asked for.
+
+        Args:
+            values: What is compared, ``(B, N)``: ordered as ``maps.unit``, or more finely.
+            asked: Values, ``(B, Q)``, in any order.
+            places: ``maps.unit`` of the pixels that have these values, ``(B, Q)``.
+
+        Returns:
+            ``(B, Q)``, float64: quotients of integers would be float32.
+        """
+        candidates = self._candidates.read(values, padding=-torch.inf)
+        ordered, order = asked.sort(1)
+        reached = torch.searchsorted(ordered, candidates, right=True)
+        slots = ordered.shape[1] + 1
+        reached += torch.arange(len(reached), device=reached.device)[:, None] * slots
+        hits = torch.bincount(reached.flatten(), minlength=len(reached) * slots).view(-1, slots)
+        at_least = candidates.shape[1] - hits.cumsum(1)[:, :-1]
+        higher = self._higher.flatten()[self._bins_of(places)]
+        return (higher + torch.empty_like(at_least).scatter_(1, order, at_least)).double()
+
+    def count_around(self, positives: Tensor) -> tuple[Tensor, Tensor]:
+        """Count the pixels at or above each fixated value, and those above it, each ``(B, n)``."""
+        places = self.fixations.read(self.maps.unit, padding=1.0)
+        next_higher = positives.nextafter(positives.new_tensor(torch.inf))
+        asked, places = torch.cat([positives, next_higher], 1), torch.cat([places, places], 1)
+        at_least, above = self.count_at_least(self.maps.values, asked, places).chunk(2, 1)
+        return at_least, above
+
+    def _bins_of(self, places: Tensor) -> Tensor:
+        return (places * BINS).long() + self._starts
+
+
+def judd_auc(ranks: RankedPixels, *, ties: Ties, seed: int) -> Tensor:
     """Return AUC-Judd ``(B,)``; ``metrics.auc_judd`` says what the options mean."""
-    n, size = fixations.counts.double(), maps.values.shape[1]
+    n, size = ranks.fixations.counts.double(), ranks.maps.values.shape[1]
     if ties == "expected":
-        area = _expected_judd(maps, fixations)
+        area = _expected_judd(ranks)
     elif ties == "joined":
-        area = _judd_curve(maps.values, maps, fixations, joined=True)
+        area = _judd_curve(ranks.maps.values, ranks, joined=True)
     else:
         if ties == "jitter":
             noise = torch.from_numpy(np.random.RandomState(seed).rand(size) * JITTER)
-            maps = MapStatistics(maps.values + noise.to(maps.values.device))
-        area = _judd_curve(maps.unit, maps, fixations, joined=False)
+            maps = MapStatistics(ranks.maps.values + noise.to(n.device))
+            ranks = RankedPixels(maps, ranks.fixations)
+        area = _judd_curve(ranks.maps.unit, ranks, joined=False)
     return area.where((n > 0) & (n < size), torch.nan)
 
 
-def borji_auc(
-    maps: MapStatistics, fixations: PixelSets, *, grid: Grid, splits: int | None, seed: int
-) -> Tensor:
+def borji_auc(ranks: RankedPixels, *, grid: Grid, splits: int | None, seed: int) -> Tensor:
     """Return AUC-Borji ``(B,)``; ``metrics.auc_borji`` says what the options mean."""
+    maps, fixations = ranks.maps, ranks.fixations
     size = maps.values.shape[1]
     if grid == "full":
-        return _mann_whitney(fixations.read(maps.values, padding=torch.inf), maps, fixations)
+        at_least, above = ranks.count_around(fixations.read(maps.values, padding=torch.inf))
+        return fixations.mean(1 - (at_least + above) / 2 / size)
     if splits is None:
-        thresholds = _thresholds(maps)
-        asked = thresholds[1:].expand(len(maps.unit), -1)  # every pixel reaches 0
-        counts = _count_at_least(maps, maps.unit, asked, asked)
+        asked = grid_thresholds(maps)[1:].expand(len(maps.unit), -1)  # every pixel reaches 0
+        counts = ranks.count_at_least(maps.unit, asked, asked)
         counts = torch.cat([torch.full_like(counts[:, :1], size), counts], 1)
         area = _grid_area(_share_at_least(maps, fixations), counts / size)
     else:
@@ -89,11 +149,17 @@ def shuffled_auc(
     return area.where(~maps.constant & defined, torch.nan)
 
 
-def _expected_judd(maps: MapStatistics, fixations: PixelSets) -> Tensor:
+def grid_thresholds(maps: MapStatistics) -> Tensor:
+    """Return the thresholds 0, 0.1 .. 1, ``(STEPS + 1,)``."""
+    return torch.arange(STEPS + 1, dtype=torch.float64, device=maps.values.device) / STEPS
+
+
+def _expected_judd(ranks: RankedPixels) -> Tensor:
     """Return the expectation over jitter that is too small to change the order of values."""
-    size, n = maps.values.shape[1], fixations.counts.double()
-    positives = fixations.read(maps.values, padding=torch.inf)
-    at_least, above = _count_around(positives, maps, fixations)
+    fixations = ranks.fixations
+    size, n = ranks.maps.values.shape[1], fixations.counts.double()
+    positives = fixations.read(ranks.maps.values, padding=torch.inf)
+    at_least, above = ranks.count_around(positives)
     below = size - at_least + (at_least - above) / 2  # of all pixels, fixated ones, too
     mann_whitney = below.masked_fill(~fixations.valid, 0.0).sum(1) - n * n / 2
     lowest = positives.argmin(1, keepdim=True)
@@ -104,19 +170,18 @@ def _expected_judd(maps: MapStatistics, fixations: PixelSets) -> Tensor:
     return (mann_whitney + half_step) / (n * (size - n))
 
 
-def _judd_curve(
-    values: Tensor, maps: MapStatistics, fixations: PixelSets, *, joined: bool
-) -> Tensor:
+def _judd_curve(values: Tensor, ranks: RankedPixels, *, joined: bool) -> Tensor:
     """Return the area under the curve through the thresholds at the fixations, high to low.
 
     Joined, equal fixated values are one threshold; otherwise the i-th has i fixations at or above
     it, whatever their values, and the thresholds of a constant map are beyond all its values.
     """
+    maps, fixations = ranks.maps, ranks.fixations
     n, size = fixations.counts.double()[:, None], values.shape[1]
     positives = fixations.read(values, padding=-torch.inf).sort(1, descending=True).values
     places = fixations.read(maps.unit, padding=-torch.inf).sort(1, descending=True).values
     places = places.masked_fill(~fixations.valid, 1.0)
-    at_least = _count_at_least(maps, values, positives, places)
+    at_least = ranks.count_at_least(values, positives, places)
     if joined:
         found = torch.searchsorted(-positives, -positives, right=True)
     else:
@@ -127,12 +192,6 @@ def _judd_curve(
     return _trapezoids(true, false)
 
 
-def _mann_whitney(positives: Tensor, maps: MapStatistics, fixations: PixelSets) -> Tensor:
-    """Return how often a fixated pixel is above any pixel, ties counting half."""
-    at_least, above = _count_around(positives, maps, fixations)
-    return fixations.mean(1 - (at_least + above) / 2 / maps.values.shape[1])
-
-
 def _mann_whitney_of_others(maps: MapStatistics, fixations: PixelSets, others: PixelSets) -> Tensor:
     negatives = others.read(maps.values, padding=torch.inf).sort(1).values
     positives = fixations.read(maps.values, padding=0.0)
@@ -141,63 +200,10 @@ def _mann_whitney_of_others(maps: MapStatistics, fixations: PixelSets, others: P
     return fixations.mean((below + not_above).double() / 2 / others.counts[:, None])
 
 
-def _count_around(
-    positives: Tensor, maps: MapStatistics, fixations: PixelSets
-) -> tuple[Tensor, Tensor]:
-    """Count the pixels at or above each fixated value, and those above it, each ``(B, n)``."""
-    places = fixations.read(maps.unit, padding=1.0)
-    next_higher = positives.nextafter(positives.new_tensor(torch.inf))
-    asked, places = torch.cat([positives, next_higher], 1), torch.cat([places, places], 1)
-    at_least, above = _count_at_least(maps, maps.values, asked, places).chunk(2, 1)
-    return at_least, above
-
-
-def _count_at_least(maps: MapStatistics, values: Tensor, asked: Tensor, places: Tensor) -> Tensor:
-    """Count the pixels of each map that reach each value asked for.
-
-    A histogram of the maps counts all pixels but those in bins where a value was asked for; only
-    these are compared.
-
-    Args:
-        maps: B maps of N pixels.
-        values: What is compared, ``(B, N)``: ordered as ``maps.unit``, or more finely.
-        asked: Values, ``(B, Q)``, in any order.
-        places: ``maps.unit`` of the pixels that have these values, ``(B, Q)``.
-
-    Returns:
-        ``(B, Q)``, float64: quotients of integers would be float32.
-    """
-    frames, size = values.shape
-    starts = torch.arange(frames, device=values.device)[:, None] * (BINS + 1)
-    bins = (maps.unit * BINS).to(torch.int32).add_(starts.int()).flatten()
-    asked_bins = (places * BINS).long() + starts
-    marked = torch.zeros(frames * (BINS + 1), dtype=torch.bool, device=values.device)
-    marked[asked_bins.flatten()] = True
-    histogram = torch.bincount(bins, minlength=len(marked)).masked_fill_(marked, 0)
-    histogram = histogram.view(frames, BINS + 1)
-    higher = (histogram.sum(1, keepdim=True) - histogram.cumsum(1)).flatten()[asked_bins]
-
-    candidates = PixelSets.from_flat(
-        marked.index_select(0, bins).nonzero()[:, 0], frames, size
-    ).read(values, padding=-torch.inf)
-    ordered, order = asked.sort(1)
-    reached = torch.searchsorted(ordered, candidates, right=True)
-    slots = ordered.shape[1] + 1
-    slot_starts = torch.arange(frames, device=values.device)[:, None] * slots
-    hits = torch.bincount((reached + slot_starts).flatten(), minlength=frames * slots)
-    hits = hits.view(frames, slots)
-    at_least = candidates.shape[1] - hits.cumsum(1)[:, :-1]
-    return (higher + torch.empty_like(at_least).scatter_(1, order, at_least)).double()
-
-
-def _thresholds(maps: MapStatistics) -> Tensor:
-    return torch.arange(STEPS + 1, dtype=torch.float64, device=maps.values.device) / STEPS
-
-
 def _share_at_least(maps: MapStatistics, fixations: PixelSets) -> Tensor:
     """Return which share of the fixations reaches each threshold, ``(B, STEPS + 1)``."""
     places = fixations.read(maps.unit, padding=-torch.inf)
-    reached = (places[:, :, None] >= _thresholds(maps)).sum(1).double()
+    reached = (places[:, :, None] >= grid_thresholds(maps)).sum(1).double()
     return reached / fixations.counts[:, None]
 
 

@@ -102,5 +102,6 @@ def _sum_of_lesser(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
-    products: Tensor = torch.linalg.vecdot(first, second)
-    return products
+    if first.is_cpu:  # row by row in BLAS, which needs no memory for the products
+        return torch.stack([torch.dot(a, b) for a, b in zip(first, second, strict=True)])
+    return (first * second).sum(1)

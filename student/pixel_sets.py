@@ -27,7 +27,7 @@ class PixelSets:
     def from_masks(cls, masks: Tensor) -> PixelSets:
         """Take what is positive in masks ``(B, H, W)`` of any real type."""
         flat = (masks if masks.dtype == torch.bool else masks > 0).flatten()
-        return cls.from_flat(flat.nonzero()[:, 0], len(masks), masks[0].numel())
+        return cls.from_flat(find_true(flat), len(masks), masks.shape[1] * masks.shape[2])
 
     @classmethod
     def from_points(
@@ -87,6 +87,18 @@ class PixelSets:
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean ``(B,)`` of values ``(B, n)``; NaN for an empty set."""
         return values.masked_fill(~self.valid, 0.0).sum(1) / self.counts
+
+
+def find_true(flags: Tensor) -> Tensor:
+    """Return the ascending indices of what is True in ``(N,)``, where little is.
+
+    Eight flags are looked at together: PyTorch's own search takes as long as all else here.
+    """
+    if len(flags) % 8:
+        return flags.nonzero()[:, 0]
+    eights = flags.view(torch.int64).nonzero()[:, 0]
+    row, column = flags.view(-1, 8)[eights].nonzero().unbind(1)
+    return eights[row] * 8 + column
 
 
 def _columns(counts: Tensor) -> int:
