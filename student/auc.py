@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -35,19 +36,35 @@ class RankedPixels:
 
     def __init__(self, maps: MapStatistics, fixations: PixelSets) -> None:
         self.maps, self.fixations = maps, fixations
-        frames, size = maps.unit.shape
-        self._starts = torch.arange(frames, device=maps.unit.device)[:, None] * (BINS + 1)
-        bins = (maps.unit * BINS).to(torch.int32).add_(self._starts.int()).flatten()
-        grid = grid_thresholds(maps)[1:].expand(frames, -1)
-        places = torch.cat([fixations.read(maps.unit, padding=1.0), grid], 1)
-        marked = torch.zeros(frames * (BINS + 1), dtype=torch.bool, device=bins.device)
+        frames, device = len(maps.values), maps.values.device
+        self.grid = torch.arange(STEPS + 1, dtype=torch.float64, device=device) / STEPS
+        self._starts = torch.arange(frames, device=device)[:, None] * (BINS + 1)
+
+    @cached_property
+    def _counts(self) -> tuple[Tensor, PixelSets]:
+        """For each bin the pixels in higher ones, ``(B * bins,)``, candidates left out; these."""
+        unit = self.maps.unit
+        frames, size = unit.shape
+        bins = (unit * BINS).to(torch.int32).add_(self._starts.int()).flatten()
+        fixated = self.fixations.read(unit, padding=1.0)
+        places = torch.cat([fixated, self.grid[1:].expand(frames, -1)], 1)
+        marked = torch.zeros(frames * (BINS + 1), dtype=torch.bool, device=unit.device)
         marked[self._bins_of(places).flatten()] = True
         counts = torch.bincount(bins, minlength=len(marked)).masked_fill_(marked, 0)
         counts = counts.view(frames, BINS + 1)
-        self._higher = counts.sum(1, keepdim=True) - counts.cumsum(1)
-        self._candidates = PixelSets.from_flat(
-            find_true(marked.index_select(0, bins)), frames, size
-        )
+        higher = (counts.sum(1, keepdim=True) - counts.cumsum(1)).flatten()
+        candidates = find_true(marked.index_select(0, bins))
+        return higher, PixelSets.from_flat(candidates, frames, size)
+
+    @cached_property
+    def share_of_fixations(self) -> Tensor:
+        """Which share of the fixations reaches each threshold of the grid, ``(B, STEPS + 1)``."""
+        return self.share_at_least(self.fixations)
+
+    def share_at_least(self, pixels: PixelSets) -> Tensor:
+        """Return which share of the pixels reaches each threshold, ``(B, STEPS + 1)``."""
+        places = pixels.read(self.maps.unit, padding=-torch.inf)
+        return (places[:, :, None] >= self.grid).sum(1).double() / pixels.counts[:, None]
 
     def count_at_least(self, values: Tensor, asked: Tensor, places: Tensor) -> Tensor:
         """Count the pixels of each map that reach each value asked for.
@@ -60,14 +77,15 @@ class RankedPixels:
         Returns:
             ``(B, Q)``, float64: quotients of integers would be float32.
         """
-        candidates = self._candidates.read(values, padding=-torch.inf)
+        above_bin, sets = self._counts
+        candidates = sets.read(values, padding=-torch.inf)
         ordered, order = asked.sort(1)
         reached = torch.searchsorted(ordered, candidates, right=True)
         slots = ordered.shape[1] + 1
         reached += torch.arange(len(reached), device=reached.device)[:, None] * slots
         hits = torch.bincount(reached.flatten(), minlength=len(reached) * slots).view(-1, slots)
         at_least = candidates.shape[1] - hits.cumsum(1)[:, :-1]
-        higher = self._higher.flatten()[self._bins_of(places)]
+        higher = above_bin[self._bins_of(places)]
         return (higher + torch.empty_like(at_least).scatter_(1, order, at_least)).double()
 
     def count_around(self, positives: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,10 +124,10 @@ def borji_auc(ranks: RankedPixels, *, grid: Grid, splits: int | None, seed: int)
         at_least, above = ranks.count_around(fixations.read(maps.values, padding=torch.inf))
         return fixations.mean(1 - (at_least + above) / 2 / size)
     if splits is None:
-        asked = grid_thresholds(maps)[1:].expand(len(maps.unit), -1)  # every pixel reaches 0
+        asked = ranks.grid[1:].expand(len(maps.unit), -1)  # every pixel reaches 0
         counts = ranks.count_at_least(maps.unit, asked, asked)
         counts = torch.cat([torch.full_like(counts[:, :1], size), counts], 1)
-        area = _grid_area(_share_at_least(maps, fixations), counts / size)
+        area = _grid_area(ranks.share_of_fixations, counts / size)
     else:
         areas = []
         for positives, unit in _frames(maps, fixations):
@@ -120,8 +138,7 @@ def borji_auc(ranks: RankedPixels, *, grid: Grid, splits: int | None, seed: int)
 
 
 def shuffled_auc(
-    maps: MapStatistics,
-    fixations: PixelSets,
+    ranks: RankedPixels,
     others: PixelSets,
     *,
     grid: Grid,
@@ -130,12 +147,13 @@ def shuffled_auc(
     denominator: Denominator,
 ) -> Tensor:
     """Return shuffled AUC ``(B,)``; ``metrics.auc_shuffled`` says what the options mean."""
+    maps, fixations = ranks.maps, ranks.fixations
     defined = (fixations.counts > 0) & (others.counts > 0)
     if grid == "full":
         area = _mann_whitney_of_others(maps, fixations, others)
         return area.where(defined, torch.nan)
     if splits is None:
-        area = _grid_area(_share_at_least(maps, fixations), _share_at_least(maps, others))
+        area = _grid_area(ranks.share_of_fixations, ranks.share_at_least(others))
     else:
         areas = []
         for frame, (positives, unit) in enumerate(_frames(maps, fixations)):
@@ -149,11 +167,6 @@ def shuffled_auc(
     return area.where(~maps.constant & defined, torch.nan)
 
 
-def grid_thresholds(maps: MapStatistics) -> Tensor:
-    """Return the thresholds 0, 0.1 .. 1, ``(STEPS + 1,)``."""
-    return torch.arange(STEPS + 1, dtype=torch.float64, device=maps.values.device) / STEPS
-
-
 def _expected_judd(ranks: RankedPixels) -> Tensor:
     """Return the expectation over jitter that is too small to change the order of values."""
     fixations = ranks.fixations
@@ -161,7 +174,7 @@ def _expected_judd(ranks: RankedPixels) -> Tensor:
     positives = fixations.read(ranks.maps.values, padding=torch.inf)
     at_least, above = ranks.count_around(positives)
     below = size - at_least + (at_least - above) / 2  # of all pixels, fixated ones, too
-    mann_whitney = below.masked_fill(~fixations.valid, 0.0).sum(1) - n * n / 2
+    mann_whitney = below.masked_fill(fixations.padding, 0.0).sum(1) - n * n / 2
     lowest = positives.argmin(1, keepdim=True)
     k = (positives == positives.gather(1, lowest)).sum(1).double()
     above_lowest = above.gather(1, lowest)[:, 0]
@@ -180,15 +193,15 @@ def _judd_curve(values: Tensor, ranks: RankedPixels, *, joined: bool) -> Tensor:
     n, size = fixations.counts.double()[:, None], values.shape[1]
     positives = fixations.read(values, padding=-torch.inf).sort(1, descending=True).values
     places = fixations.read(maps.unit, padding=-torch.inf).sort(1, descending=True).values
-    places = places.masked_fill(~fixations.valid, 1.0)
+    places = places.masked_fill(fixations.padding, 1.0)
     at_least = ranks.count_at_least(values, positives, places)
     if joined:
         found = torch.searchsorted(-positives, -positives, right=True)
     else:
         found = torch.arange(1, positives.shape[1] + 1, device=values.device)
         at_least = at_least.masked_fill(maps.constant[:, None], 0)
-    true = (found / n).masked_fill(~fixations.valid, 1.0)
-    false = ((at_least - found) / (size - n)).masked_fill(~fixations.valid, 1.0)
+    true = (found / n).masked_fill(fixations.padding, 1.0)
+    false = ((at_least - found) / (size - n)).masked_fill(fixations.padding, 1.0)
     return _trapezoids(true, false)
 
 
@@ -198,13 +211,6 @@ def _mann_whitney_of_others(maps: MapStatistics, fixations: PixelSets, others: P
     below = torch.searchsorted(negatives, positives)
     not_above = torch.searchsorted(negatives, positives, right=True)
     return fixations.mean((below + not_above).double() / 2 / others.counts[:, None])
-
-
-def _share_at_least(maps: MapStatistics, fixations: PixelSets) -> Tensor:
-    """Return which share of the fixations reaches each threshold, ``(B, STEPS + 1)``."""
-    places = fixations.read(maps.unit, padding=-torch.inf)
-    reached = (places[:, :, None] >= grid_thresholds(maps)).sum(1).double()
-    return reached / fixations.counts[:, None]
 
 
 def _grid_area(true: Tensor, false: Tensor) -> Tensor:

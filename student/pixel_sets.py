@@ -15,12 +15,12 @@ class PixelSets:
 
     Shape:
         - pixels: ``(B, n)``, int64, ascending; padded with 0 to the largest set, at least 1
-        - valid: ``(B, n)``, bool; False for padding
+        - padding: ``(B, n)``, bool; True for padding
         - counts: ``(B,)``, int64
     """
 
     pixels: Tensor
-    valid: Tensor
+    padding: Tensor
     counts: Tensor
 
     @classmethod
@@ -68,25 +68,23 @@ class PixelSets:
         column = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[frame]
         pixels = flat.new_zeros((frames, longest))
         pixels[frame, column] = flat - frame * size
-        valid = torch.arange(longest, device=flat.device) < counts[:, None]
-        return cls(pixels, valid, counts)
+        padding = torch.arange(longest, device=flat.device) >= counts[:, None]
+        return cls(pixels, padding, counts)
 
     def __getitem__(self, frames: slice) -> PixelSets:
         counts = self.counts[frames]
         longest = _columns(counts)
-        return PixelSets(self.pixels[frames, :longest], self.valid[frames, :longest], counts)
+        return PixelSets(self.pixels[frames, :longest], self.padding[frames, :longest], counts)
 
     def read(self, values: Tensor, *, padding: float) -> Tensor:
         """Return the values ``(B, n)`` at the pixels of rows ``(B, N)``, or ``(1, N)`` for all."""
-        return (
-            values.expand(len(self.pixels), -1)
-            .gather(1, self.pixels)
-            .masked_fill(~self.valid, padding)
-        )
+        if len(values) != len(self.pixels):
+            values = values.expand(len(self.pixels), -1)
+        return values.gather(1, self.pixels).masked_fill_(self.padding, padding)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean ``(B,)`` of values ``(B, n)``; NaN for an empty set."""
-        return values.masked_fill(~self.valid, 0.0).sum(1) / self.counts
+        return values.masked_fill(self.padding, 0.0).sum(1) / self.counts
 
 
 def find_true(flags: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from student.protocols import ON_DENSITIES, Measure, Protocol
 Maps = Tensor | npt.NDArray[Any]
 Fixations = Maps | Sequence[Tensor]
 
-CHUNK_PIXELS_CPU: Final = 2**18
+CHUNK_PIXELS_CPU: Final = 2**19
 """Pixels that are scored together on a CPU: what its caches hold."""
 CHUNK_PIXELS: Final = 2**24
 """Pixels that are scored together elsewhere."""
@@ -146,8 +146,7 @@ class ScoredFrames:
         if measure == "auc_shuffled":
             assert self.others is not None
             return shuffled_auc(
-                self.prediction,
-                fixations,
+                self.ranks,
                 self.others,
                 grid=rules.grid,
                 splits=rules.splits,
