@@ -17,7 +17,7 @@ from student.protocols import Denominator, Grid, Ties
 
 Floats = npt.NDArray[np.float64]
 
-BINS: Final = 4096
+BINS: Final = 8192
 JITTER: Final = 1e-7
 STEPS: Final = 10
 """Steps from 0 to 1 of the thresholds of AUC-Borji and shuffled AUC."""

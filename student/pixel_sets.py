@@ -62,14 +62,14 @@ class PixelSets:
     @classmethod
     def from_flat(cls, flat: Tensor, frames: int, size: int) -> PixelSets:
         """Take ascending indices into the pixels of all frames, each of ``size`` pixels."""
-        frame = flat // size
-        counts = torch.bincount(frame, minlength=frames)
-        longest = _columns(counts)
-        column = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[frame]
-        pixels = flat.new_zeros((frames, longest))
-        pixels[frame, column] = flat - frame * size
-        padding = torch.arange(longest, device=flat.device) >= counts[:, None]
-        return cls(pixels, padding, counts)
+        starts = torch.arange(frames + 1, device=flat.device) * size
+        bounds = torch.searchsorted(flat, starts)
+        counts = bounds.diff()
+        column = torch.arange(_columns(counts), device=flat.device)
+        padding = column >= counts[:, None]
+        pixels = flat.new_zeros(padding.shape)
+        pixels[~padding] = flat
+        return cls(pixels - starts[:-1, None].where(~padding, 0), padding, counts)
 
     def __getitem__(self, frames: slice) -> PixelSets:
         counts = self.counts[frames]
@@ -94,9 +94,10 @@ def find_true(flags: Tensor) -> Tensor:
     """
     if len(flags) % 8:
         return flags.nonzero()[:, 0]
-    eights = flags.view(torch.int64).nonzero()[:, 0]
-    row, column = flags.view(-1, 8)[eights].nonzero().unbind(1)
-    return eights[row] * 8 + column
+    eights = flags.view(torch.int64)
+    places = eights.nonzero()[:, 0]
+    within = eights[places].view(torch.bool).nonzero()[:, 0]
+    return places[within >> 3] * 8 + (within & 7)
 
 
 def _columns(counts: Tensor) -> int:
