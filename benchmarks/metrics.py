@@ -60,14 +60,14 @@ class Frames:
             for pixels in (draws, other_draws)
         ]
 
-    def score_plainly(self) -> dict[Measure, Tensor]:
+    def score_plainly(self) -> dict[str, Tensor]:
         rows = [plain_scores(*frame) for frame in zip(*self.plain, strict=True)]
         values = {name: [row[name] for row in rows] for name in MEASURES}
         return {name: torch.tensor(row, dtype=torch.float64) for name, row in values.items()}
 
     def score(
         self, *, points: bool = False, small: bool = False, measures: Collection[Measure] = MEASURES
-    ) -> dict[Measure, Tensor]:
+    ) -> dict[str, Tensor]:
         fixations, others = self.points if points else self.masks
         predictions = self.small if small else self.predictions
         scores = score_batch(
@@ -118,7 +118,7 @@ def main() -> None:
         batched = frames.score()
         for name, values in frames.score_plainly().items():
             np.testing.assert_allclose(batched[name], values, rtol=1e-8, atol=1e-8, err_msg=name)
-        forms = [
+        forms: list[Callable[[], object]] = [
             frames.score_plainly,
             frames.score,
             partial(frames.score, points=True),

@@ -13,9 +13,9 @@ class MapStatistics:
 
     Shape:
         - values: ``(B, N)``, float64
-        - lowest, highest, total, unit_total, norm: ``(B, 1)``
+        - unit: ``(B, N)``
+        - lowest, highest, total, unit_total, unit_mean, unit_variance: ``(B, 1)``
         - constant, zero: ``(B,)``, bool
-        - unit, centred: ``(B, N)``
 
     Args:
         values: The pixels.
@@ -56,15 +56,17 @@ class MapStatistics:
         return self.unit.sum(1, keepdim=True)
 
     @cached_property
-    def centred(self) -> Tensor:
-        """``unit`` less its mean."""
-        return self.unit - self.unit_total / self.unit.shape[1]
+    def unit_mean(self) -> Tensor:
+        return self.unit_total / self.unit.shape[1]
 
     @cached_property
-    def norm(self) -> Tensor:
-        """Length of ``centred``: the standard deviation times the root of the number of pixels."""
-        norm: Tensor = torch.linalg.vector_norm(self.centred, dim=1, keepdim=True)
-        return norm
+    def unit_variance(self) -> Tensor:
+        """Mean square of ``unit`` less the square of its mean.
+
+        A map from 0 to 1 has a variance of at least 1/N, so that the difference keeps its digits.
+        """
+        norm: Tensor = torch.linalg.vector_norm(self.unit, dim=1, keepdim=True)
+        return norm.square() / self.unit.shape[1] - self.unit_mean.square()
 
     def repaired(self) -> MapStatistics:
         """Return densities: negative maps raised to a minimum of 0, then zero maps made uniform."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import torch
@@ -21,8 +20,9 @@ def normalised_scanpath_saliency(
 ) -> Tensor:
     """Return NSS ``(B,)``: the mean at fixations of maps with mean 0 and standard deviation 1."""
     size = prediction.values.shape[1]
-    deviations = fixations.mean(fixations.read(prediction.centred, padding=0.0))
-    score = deviations * math.sqrt(max(size - ddof, 0)) / prediction.norm[:, 0]
+    found = fixations.mean(fixations.read(prediction.unit, padding=0.0))
+    variance = prediction.unit_variance * size / max(size - ddof, 1)  # constant if size is ddof
+    score = ((found[:, None] - prediction.unit_mean) / variance.sqrt())[:, 0]
     score = score.masked_fill(prediction.constant, constant_score)
     return score.where(fixations.counts > 0, torch.nan)
 
@@ -31,8 +31,10 @@ def linear_correlation(
     prediction: MapStatistics, density: MapStatistics, *, constant_score: float
 ) -> Tensor:
     """Return CC ``(B,)``."""
-    covariance = _dot(prediction.centred, density.centred)
-    score = covariance / (prediction.norm * density.norm)[:, 0]
+    products = _dot(prediction.unit, density.unit)[:, None] / prediction.unit.shape[1]
+    covariance = products - prediction.unit_mean * density.unit_mean
+    variances = prediction.unit_variance * density.unit_variance
+    score = (covariance / variances.sqrt())[:, 0]
     score = score.masked_fill(prediction.constant, constant_score)
     return score.masked_fill(density.constant, torch.nan)
 
@@ -102,5 +104,6 @@ def _sum_of_lesser(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:
-    products: Tensor = torch.linalg.vecdot(first, second)
-    return products
+    if first.is_cpu:  # row by row in BLAS, which needs no memory for the products
+        return torch.stack([torch.dot(a, b) for a, b in zip(first, second, strict=True)])
+    return (first * second).sum(1)

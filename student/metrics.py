@@ -90,7 +90,7 @@ def score(
     other: Maps | None = None,
     baseline: Maps | None = None,
     protocol: Protocol | str = "dhf1k",
-) -> dict[Measure, float]:
+) -> dict[str, float]:
     """Score the prediction for one frame by all measures.
 
     Args:
@@ -127,7 +127,7 @@ def score_batch(
     protocol: Protocol | str = "dhf1k",
     measures: Collection[Measure] = MEASURES,
     size: tuple[int, int] | None = None,
-) -> dict[Measure, Tensor]:
+) -> dict[str, Tensor]:
     """Score predictions for a batch of frames.
 
     Args:

@@ -15,19 +15,19 @@ class PixelSets:
 
     Shape:
         - pixels: ``(B, n)``, int64, ascending; padded with 0 to the largest set, at least 1
-        - valid: ``(B, n)``, bool; False for padding
+        - padding: ``(B, n)``, bool; True for padding
         - counts: ``(B,)``, int64
     """
 
     pixels: Tensor
-    valid: Tensor
+    padding: Tensor
     counts: Tensor
 
     @classmethod
     def from_masks(cls, masks: Tensor) -> PixelSets:
         """Take what is positive in masks ``(B, H, W)`` of any real type."""
         flat = (masks if masks.dtype == torch.bool else masks > 0).flatten()
-        return cls.from_flat(flat.nonzero()[:, 0], len(masks), masks[0].numel())
+        return cls.from_flat(find_true(flat), len(masks), masks.shape[1] * masks.shape[2])
 
     @classmethod
     def from_points(
@@ -62,31 +62,42 @@ class PixelSets:
     @classmethod
     def from_flat(cls, flat: Tensor, frames: int, size: int) -> PixelSets:
         """Take ascending indices into the pixels of all frames, each of ``size`` pixels."""
-        frame = flat // size
-        counts = torch.bincount(frame, minlength=frames)
-        longest = _columns(counts)
-        column = torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[frame]
-        pixels = flat.new_zeros((frames, longest))
-        pixels[frame, column] = flat - frame * size
-        valid = torch.arange(longest, device=flat.device) < counts[:, None]
-        return cls(pixels, valid, counts)
+        starts = torch.arange(frames + 1, device=flat.device) * size
+        bounds = torch.searchsorted(flat, starts)
+        counts = bounds.diff()
+        column = torch.arange(_columns(counts), device=flat.device)
+        padding = column >= counts[:, None]
+        pixels = flat.new_zeros(padding.shape)
+        pixels[~padding] = flat
+        return cls(pixels - starts[:-1, None].where(~padding, 0), padding, counts)
 
     def __getitem__(self, frames: slice) -> PixelSets:
         counts = self.counts[frames]
         longest = _columns(counts)
-        return PixelSets(self.pixels[frames, :longest], self.valid[frames, :longest], counts)
+        return PixelSets(self.pixels[frames, :longest], self.padding[frames, :longest], counts)
 
     def read(self, values: Tensor, *, padding: float) -> Tensor:
         """Return the values ``(B, n)`` at the pixels of rows ``(B, N)``, or ``(1, N)`` for all."""
-        return (
-            values.expand(len(self.pixels), -1)
-            .gather(1, self.pixels)
-            .masked_fill(~self.valid, padding)
-        )
+        if len(values) != len(self.pixels):
+            values = values.expand(len(self.pixels), -1)
+        return values.gather(1, self.pixels).masked_fill_(self.padding, padding)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean ``(B,)`` of values ``(B, n)``; NaN for an empty set."""
-        return values.masked_fill(~self.valid, 0.0).sum(1) / self.counts
+        return values.masked_fill(self.padding, 0.0).sum(1) / self.counts
+
+
+def find_true(flags: Tensor) -> Tensor:
+    """Return the ascending indices of what is True in ``(N,)``, where little is.
+
+    Eight flags are looked at together: PyTorch's own search takes as long as all else here.
+    """
+    if len(flags) % 8:
+        return flags.nonzero()[:, 0]
+    eights = flags.view(torch.int64)
+    places = eights.nonzero()[:, 0]
+    within = eights[places].view(torch.bool).nonzero()[:, 0]
+    return places[within >> 3] * 8 + (within & 7)
 
 
 def _columns(counts: Tensor) -> int:

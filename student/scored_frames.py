@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from student.auc import borji_auc, judd_auc, shuffled_auc
+from student.auc import RankedPixels, borji_auc, judd_auc, shuffled_auc
 from student.imresize import resize_maps
 from student.map_statistics import MapStatistics
 from student.measures import (
@@ -29,7 +29,7 @@ from student.protocols import ON_DENSITIES, Measure, Protocol
 Maps = Tensor | npt.NDArray[Any]
 Fixations = Maps | Sequence[Tensor]
 
-CHUNK_PIXELS_CPU: Final = 2**18
+CHUNK_PIXELS_CPU: Final = 2**19
 """Pixels that are scored together on a CPU: what its caches hold."""
 CHUNK_PIXELS: Final = 2**24
 """Pixels that are scored together elsewhere."""
@@ -61,36 +61,46 @@ class ScoredFrames:
         step = max(1, pixels // max(1, self.size[0] * self.size[1]))
         for start in range(0, len(self.predictions), step):
             span = slice(start, start + step)
-            baselines = self.baselines
-            if baselines is not None and len(baselines) > 1:
-                baselines = baselines[span]
             yield replace(
                 self,
                 predictions=self.predictions[span],
                 densities=None if self.densities is None else self.densities[span],
                 fixations=None if self.fixations is None else self.fixations[span],
                 others=None if self.others is None else self.others[span],
-                baselines=baselines,
+                baselines=None if self.baselines is None else self.baselines[span],
                 first=start,
                 whole=self,
             )
 
     @cached_property
     def prediction(self) -> MapStatistics:
-        return self._read("predictions", self.predictions)
+        return self._resize(self._given_prediction, self.predictions)
 
     @cached_property
     def density(self) -> MapStatistics:
         assert self.densities is not None
         return self._read("densities", self.densities)
 
+    @property
+    def has_one_baseline(self) -> bool:
+        return self.baselines is not None and len(self.baselines) == 1
+
     @cached_property
     def baseline(self) -> MapStatistics | None:
         if self.baselines is None:
             return None
-        if self.whole is not None and len(self.baselines) == 1:
+        if self.whole is not None and self.whole.has_one_baseline:
             return self.whole.baseline
-        return self._read("baselines", self.baselines)
+        return self._resize(self._read("baselines", self.baselines), self.baselines)
+
+    @cached_property
+    def ranks(self) -> RankedPixels:
+        assert self.fixations is not None
+        return RankedPixels(self.prediction, self.fixations)
+
+    @cached_property
+    def _given_prediction(self) -> MapStatistics:
+        return self._read("predictions", self.predictions)
 
     def score(self, measure: Measure) -> Tensor:
         """Return one measure ``(B,)``; NaN where its ground truth is missing.
@@ -122,7 +132,7 @@ class ScoredFrames:
                 repair=rules.repair,
             )
         if not rules.repair:
-            _warn_of_negative("KLD", predictions=self.predictions, densities=self.densities)
+            _warn_of_negative("KLD", predictions=self._given_prediction, densities=self.density)
         return divergence(
             self.prediction, self.density, epsilon=rules.kld_epsilon, repair=rules.repair
         )
@@ -130,16 +140,13 @@ class ScoredFrames:
     def _score_at_fixations(self, measure: Measure, fixations: PixelSets) -> Tensor:
         rules = self.protocol
         if measure == "auc_judd":
-            return judd_auc(self.prediction, fixations, ties=rules.ties, seed=rules.seed)
+            return judd_auc(self.ranks, ties=rules.ties, seed=rules.seed)
         if measure == "auc_borji":
-            return borji_auc(
-                self.prediction, fixations, grid=rules.grid, splits=rules.splits, seed=rules.seed
-            )
+            return borji_auc(self.ranks, grid=rules.grid, splits=rules.splits, seed=rules.seed)
         if measure == "auc_shuffled":
             assert self.others is not None
             return shuffled_auc(
-                self.prediction,
-                fixations,
+                self.ranks,
                 self.others,
                 grid=rules.grid,
                 splits=rules.splits,
@@ -151,7 +158,7 @@ class ScoredFrames:
                 self.prediction, fixations, ddof=rules.ddof, constant_score=rules.constant_score
             )
         if rules.ig_normalise == "density" and not rules.repair:
-            _warn_of_negative("IG", predictions=self.predictions, baselines=self.baselines)
+            _warn_of_negative("IG", predictions=self._given_prediction, baselines=self.baseline)
         return information_gain(
             self.prediction,
             fixations,
@@ -161,15 +168,19 @@ class ScoredFrames:
         )
 
     def _read(self, name: str, maps: Tensor) -> MapStatistics:
-        """Check that maps are finite, resize them to the ground truth's size, in float64."""
+        """Check that maps are finite, in float64."""
         given = MapStatistics(maps.to(torch.float64).flatten(1))
         finite = (given.lowest.isfinite() & given.highest.isfinite())[:, 0]
         if not finite.all():
             index = int((~finite).nonzero()[0]) + self.first
             raise ValueError(f"{name} hold NaN or infinity at index {index} of the batch")
+        return given
+
+    def _resize(self, given: MapStatistics, maps: Tensor) -> MapStatistics:
+        """Bring maps to the ground truth's size."""
         if maps.shape[1:] == self.size:
             return given
-        return MapStatistics(resize_maps(maps, *self.size).flatten(1))
+        return MapStatistics(resize_maps(given.values.view(maps.shape), *self.size).flatten(1))
 
 
 def gather_frames(
@@ -265,9 +276,9 @@ def _height_and_width(maps: Tensor) -> tuple[int, int]:
     return (maps.shape[1], maps.shape[2])
 
 
-def _warn_of_negative(measure: str, **given: Tensor | None) -> None:
+def _warn_of_negative(measure: str, **given: MapStatistics | None) -> None:
     for name, maps in given.items():
-        if maps is not None and (maps < 0).any():
+        if maps is not None and (maps.lowest < 0).any():
             warnings.warn(
                 f"{measure} is about densities, but {name} have negative values", stacklevel=2
             )
