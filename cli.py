@@ -532,6 +532,7 @@ def _read_measures(
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of all that is drawn.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: all CPUs]")
 @click.option("--device", help="Where to compute, e.g. cuda:1.  [default: a GPU if there is one]")
+@click.option("--batch", type=click.IntRange(min=1), help="Clips that a student sees at once.")
 def evaluate_command(
     *,
     source: str,
@@ -540,6 +541,7 @@ def evaluate_command(
     split: str | None,
     out: Path,
     device: str | None,
+    batch: int | None,
     **options: Any,  # noqa: ANN401 - fields of EvaluateSettings
 ) -> None:
     """Score the saliency maps of SOURCE against the recorded eyes of a data set.
@@ -562,7 +564,7 @@ def evaluate_command(
     keep_freed_memory()
     device = device or _best_device()
     settings = EvaluateSettings(device=device, **options)
-    sources = [open_source(given, device=device) for given in (source, *compare)]
+    sources = [open_source(given, device=device, batch=batch) for given in (source, *compare)]
     report = evaluate(sources, data, out, settings, split=split)
     click.echo(report)
     click.echo(f"see {out / 'report.json'}")

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from stores.datasets import LabelFolders
 from stores.errors import GroundTruthError, ImageError
 from stores.images import GrayImage, check_png, list_images, read_gray, read_size
+from stores.videos import FileStamp
 
 MAT_SUFFIX: Final = ".mat"
 MAT_VARIABLE: Final = "I"
@@ -156,6 +157,19 @@ class GroundTruth:
     def read_points(self, frame: int) -> Points | None:
         """Return the fixated points of a frame, where the data set has a table of them."""
         return self._points.get(frame)
+
+    def stamp(self) -> FileStamp:
+        """Return by what its files are taken to be the same as before.
+
+        Raises:
+            VideoError: If one is gone.
+        """
+        files = [*self._maps.values(), *self._fixations.values()]
+        if self._labels.points:
+            files.append(self._root / self._labels.points)
+        stamps = [FileStamp.of(path) for path in files]
+        newest = max((stamp.modified_ns for stamp in stamps), default=0)
+        return FileStamp(sum(stamp.num_bytes for stamp in stamps), newest)
 
     def census(self) -> LabelCensus:
         """Look at the labels without decoding them: pairing, sizes, whether files are cut off."""

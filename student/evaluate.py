@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from stores.catalogue import CatalogueVideo
 from stores.errors import VideoError
 from stores.progress import Progress
 from student.baselines import (
@@ -89,7 +88,7 @@ def _score_source(
     scores = SourceScores(name, settings.measures)
     for number, video in enumerate(scored.videos):
         frames = scored.frames[number]
-        stamp = _stamp(source, video, settings)
+        stamp = _stamp(source, number, scored)
         known = file.known.get(video.record.id)
         # What was left out before is an error now, if it is not to be left out.
         if known is not None and known.stamp == stamp and (settings.skip_bad or not known.skipped):
@@ -103,12 +102,13 @@ def _score_source(
     return scores
 
 
-def _stamp(
-    source: Source | None, video: CatalogueVideo, settings: EvaluateSettings
-) -> list[int] | None:
+def _stamp(source: Source | None, number: int, scored: ScoredSet) -> list[int]:
+    """Return by what maps and recorded eyes of a video are taken to be the same as before."""
+    truth = scored.truths[number].stamp()
+    stamp = [truth.num_bytes, truth.modified_ns]
     try:
-        return source.stamp(video) if source is not None else None
+        return stamp if source is None else stamp + source.stamp(scored.videos[number])
     except (SourceError, VideoError):
-        if not settings.skip_bad:
+        if not scored.settings.skip_bad:
             raise
-        return None
+        return stamp

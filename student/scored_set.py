@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -254,9 +255,19 @@ class ScoredSet:
             described = [video.record.id, video.record.content_hash.hex(), labels, list(frames)]
             digest.update(json.dumps(described, sort_keys=True).encode())
         values = {"data": self.catalogue.kind, "split": self.split, "videos": digest.hexdigest()}
+        if self.others:
+            values["other_fixations"] = _digest(self.others)
         if "ig" in self.settings.measures:
             values["prior"] = self.prior.digest
         return {**values, **self.settings.identity}
+
+
+def _digest(fixations: Sequence[VideoFixations]) -> str:
+    digest = hashlib.sha256()
+    for video in fixations:
+        for frame, points in video.points.items():
+            digest.update(f"{video.size} {frame} {len(points)}".encode() + points.tobytes())
+    return digest.hexdigest()
 
 
 def _open(data: Path, split: str | None) -> tuple[Catalogue, str | None]:

@@ -46,8 +46,8 @@ class VideoScores:
     values: Mapping[Measure, npt.NDArray[np.float64]]
     """For each measure one score per frame; NaN where it is undefined."""
     skipped: tuple[Skipped, ...] = ()
-    stamp: list[int] | None = None
-    """By which the maps are known to be the same as before."""
+    stamp: list[int] = field(default_factory=list)
+    """By which maps and recorded eyes are taken to be the same as before."""
 
 
 @dataclass
@@ -214,8 +214,7 @@ def _from_json(item: Mapping[str, Any], measures: Sequence[Measure]) -> VideoSco
         Skipped(name, None if frame is None else int(frame), str(reason))
         for frame, reason in item["skipped"]
     )
-    stamp = item["stamp"]
-    return VideoScores(name, frames, values, skipped, None if stamp is None else list(stamp))
+    return VideoScores(name, frames, values, skipped, [int(value) for value in item["stamp"]])
 
 
 def _difference(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> str:

@@ -66,7 +66,7 @@ class VideoScorer:
         self._skipped: list[Skipped] = []
         self._scores: dict[int, Scores] = {}
 
-    def score(self, frames: Sequence[int], stamp: list[int] | None) -> VideoScores:
+    def score(self, frames: Sequence[int], stamp: list[int]) -> VideoScores:
         """Score frames.
 
         Raises:
@@ -195,7 +195,7 @@ class VideoScorer:
             measures=settings.measures,
             size=self._size,
         )
-        return {measure: values.cpu().numpy() for measure, values in scores.items()}
+        return {measure: scores[measure].cpu().numpy() for measure in settings.measures}
 
     def _score_observers(self, frame: int) -> Scores:
         """Score for each observer the map that the others' points make; return the mean."""
@@ -217,7 +217,7 @@ class VideoScorer:
             protocol=settings.protocol,
             measures=wanted,
         )
-        return {**nothing, **{name: _mean(values) for name, values in scores.items()}}
+        return {**nothing, **{measure: float(scores[measure].nanmean()) for measure in wanted}}
 
     def _check_maps(self, frames: Sequence[int], maps: Sequence[AnyMap]) -> None:
         assert self._source is not None
@@ -269,7 +269,3 @@ def _on(values: npt.NDArray[Any], device: str) -> torch.Tensor:
     if values.dtype == np.uint16:  # of which PyTorch can do little
         values = values.astype(np.int32)
     return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
-
-def _mean(values: torch.Tensor) -> float:
-    return float(values.nanmean())

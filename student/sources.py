@@ -64,13 +64,13 @@ class Source(ABC):
     def identity(self) -> dict[str, Any]:
         """What decides its maps, as plain values: scores of equal sources are equal."""
 
-    def stamp(self, video: CatalogueVideo) -> list[int] | None:
-        """Return by what a video's maps are known to be the same as before, if they may change.
+    def stamp(self, video: CatalogueVideo) -> list[int]:
+        """Return by what a video's maps are taken to be the same as before, if they may change.
 
         Raises:
             SourceError: If they are not there.
         """
-        return None
+        return []
 
     def available(self, video: CatalogueVideo, truth: GroundTruth) -> set[int]:
         """Return the frames of which it has a map.
@@ -99,13 +99,18 @@ class StudentSource(Source):
         name: What it is called.
         checkpoint: A checkpoint, or an ONNX file of ``tinyhd export``.
         device: Where PyTorch computes.
+        batch: Clips at once.  Default: 1, or the ONNX file's.
     """
 
-    def __init__(self, name: str, checkpoint: Path, *, device: str = "cpu") -> None:
+    def __init__(
+        self, name: str, checkpoint: Path, *, device: str = "cpu", batch: int | None = None
+    ) -> None:
         super().__init__(name)
         self._hash = hash_file(checkpoint).hex()
         kind: Any = "onnxruntime" if checkpoint.suffix == ".onnx" else "torch"
-        self._runtime: Runtime = load_runtime(checkpoint, runtime=kind, device=device)
+        if kind != "torch":
+            device = "cpu"
+        self._runtime: Runtime = load_runtime(checkpoint, runtime=kind, device=device, batch=batch)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -168,9 +173,9 @@ class FolderSource(Source):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"kind": "folder", "path": str(self._folder.resolve())}
+        return {"kind": "folder"}  # what lies in it is told by its stamps
 
-    def stamp(self, video: CatalogueVideo) -> list[int] | None:
+    def stamp(self, video: CatalogueVideo) -> list[int]:
         stamp = FileStamp.of(self._folder_of(video))
         return [stamp.num_bytes, stamp.modified_ns]
 
@@ -236,6 +241,9 @@ class LabelSetSource(Source):
     def identity(self) -> dict[str, Any]:
         return {"kind": "labels", "fingerprint": self._labels.fingerprint}
 
+    def stamp(self, video: CatalogueVideo) -> list[int]:
+        return [sum(map(len, self._labels.coverage(self._id_of(video))))]
+
     def batches(
         self, video: CatalogueVideo, truth: GroundTruth, frames: Sequence[int]
     ) -> Generator[MapBatch]:
@@ -273,13 +281,14 @@ class LabelSetSource(Source):
         return list(self._labels.read_maps(video, start, stop, [saliency])[saliency])
 
 
-def open_source(given: str, *, device: str = "cpu") -> Source:
+def open_source(given: str, *, device: str = "cpu", batch: int | None = None) -> Source:
     """Open what is to be scored.
 
     Args:
         given: A checkpoint, a folder of maps, a store or ``STORE/labels/NAME``; with ``NAME=``
             before it, it is called so.
         device: Where a student computes.
+        batch: Clips that it takes at once.
 
     Raises:
         SourceError: If it is nothing of that.
@@ -303,7 +312,7 @@ def open_source(given: str, *, device: str = "cpu") -> Source:
                 "maps"
             )
         own = path.stem if path.stem not in ("best", "last") else f"{path.parent.name}-{path.stem}"
-        return StudentSource(name or own, path, device=device)
+        return StudentSource(name or own, path, device=device, batch=batch)
     raise SourceError(
         f"{what} is not there; give a checkpoint, a folder of maps, or STORE/labels/NAME"
     )
