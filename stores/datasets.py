@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from stores.errors import DatasetError, VideoError
@@ -129,7 +129,7 @@ def find_dataset(root: Path, kind: Kind | None = None) -> Dataset:
     if kind is not None and kind not in KINDS:
         raise DatasetError(f"there is no kind {kind!r} of data sets; there are {', '.join(KINDS)}")
     inner = root = root.resolve()
-    for _ in range(NESTED):
+    for _ in range(NESTED + 1):
         tree = _Tree(inner)
         for name, finder in _FINDERS.items():
             if kind in (None, name) and (dataset := finder(tree)) is not None:
@@ -224,7 +224,7 @@ class _Tree:
                 with os.scandir(self.root / path) as entries:
                     for entry in entries:
                         if not is_junk(entry.name):
-                            (folders if entry.is_dir() else files).append(entry.name)
+                            (folders if _is_folder(entry) else files).append(entry.name)
             except OSError as error:
                 raise VideoError(f"cannot look into {error.filename}: {error.strerror}") from error
             self._entries[path] = (
@@ -352,8 +352,8 @@ def _find_plain(tree: _Tree) -> Dataset:
         prefix = f"{path}/" if path else ""
         names = [name for name in tree.files(path) if name.lower().endswith(VIDEO_SUFFIXES)]
         for name in names:
-            id_ = PurePosixPath(prefix + name).with_suffix("").as_posix()
-            stem = PurePosixPath(name).stem
+            stem = os.path.splitext(name)[0]
+            id_ = prefix + stem
             labels = tree.labels(prefix + stem) if stem in tree.folders(path) else LabelFolders()
             dataset.videos.append(
                 DatasetVideo(tree.video(id_, prefix + name), _plain_splits(id_), labels)
@@ -413,6 +413,13 @@ def _dhf1k_lists() -> dict[str, frozenset[int]]:
     }
     val60 = frozenset(data["val60"]["numbers"])
     return {**lists, "train540": lists["train"] - val60, "val60": val60}
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_image(name: str) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from stores.catalogue import CATALOGUE_SUFFIX, Catalogue
 from stores.datasets import find_dataset
@@ -62,7 +63,7 @@ def _add(found: dict[str, VideoFile], video: VideoFile) -> None:
 
 def _id_of(relative: str) -> str:
     """Return what a video is called whose path below its root is given."""
-    return PurePosixPath(relative).with_suffix("").as_posix()
+    return os.path.splitext(relative)[0]
 
 
 def _listed_videos(list_file: Path) -> Iterator[VideoFile]:
