@@ -36,7 +36,7 @@ READERS: list[Callable[[Path], Any]] = [read_gray, read_rgb, read_size]
 
 def save(path: Path, pixels: np.ndarray, mode: str | None = None, **options: object) -> Path:
     image = Image.fromarray(pixels)
-    (image.convert(mode) if mode else image).save(path, **options)
+    (image.convert(mode) if mode else image).save(path, **options)  # type: ignore[arg-type]
     return path
 
 
