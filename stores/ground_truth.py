@@ -7,6 +7,7 @@ frame 0. Everything is read at the size in which it was recorded.
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,15 @@ import numpy.typing as npt
 
 from stores.datasets import LabelFolders
 from stores.errors import GroundTruthError, ImageError
-from stores.images import GrayImage, check_png, list_images, read_gray, read_size
+from stores.images import (
+    MAX_PIXELS,
+    GrayImage,
+    check_png,
+    list_images,
+    natural_key,
+    read_gray,
+    read_size,
+)
 
 MAT_SUFFIX: Final = ".mat"
 MAT_VARIABLE: Final = "I"
@@ -214,7 +223,7 @@ class GroundTruth:
             path.stem: path for path in self._mats(self._labels.maps) if path.stem not in files
         }
         files |= {path.stem: path for path in self._files(folder)}
-        return list(files.values())
+        return sorted(files.values(), key=lambda path: natural_key(path.stem))
 
     def _mats(self, folder: str) -> list[Path]:
         path = self._root / folder
@@ -260,9 +269,9 @@ class GroundTruth:
 def pair_labels(stems: Sequence[str], frames: int, names: Sequence[str] | None) -> list[int | None]:
     """Return for each label the frame it is about, or nothing if there is none.
 
-    Labels of images have the images' names. Where there are as many labels as images and no name
-    fits, or all are numbered with an offset, they are paired in their order. Labels of a video file
-    are numbered from 1, or from 0 if there is a number 0.
+    Labels of images have the images' names. Where there are as many labels as images, and all are
+    numbered with one offset, or no name fits and names are no numbers, they are paired in their
+    order. Labels of a video file are numbered from 1, or from 0 if there is a number 0.
 
     Args:
         stems: File names of labels without suffix, in natural order.
@@ -279,7 +288,7 @@ def pair_labels(stems: Sequence[str], frames: int, names: Sequence[str] | None) 
             None if label is None or image is None else label - image
             for label, image in zip(_numbers(stems), _numbers(index), strict=True)
         }
-        in_order = not fitting or (len(steps) == 1 and steps != {None})
+        in_order = not fitting if None in steps else len(steps) == 1
         return list(range(frames)) if in_order else found
     numbers = _numbers(stems)
     first = 0 if 0 in numbers else 1
@@ -368,7 +377,7 @@ def _read_table(path: Path, frames: int) -> dict[int, Points]:
                 raise GroundTruthError(f"{path} has no column {sorted(missing)[0]!r}")
             for row in table:
                 frame = int(row["frame"])
-                point = (int(float(row["y"])), int(float(row["x"])), row.get("observer") or "")
+                point = (_pixel(row["y"]), _pixel(row["x"]), row.get("observer") or "")
                 if 0 <= frame < frames:
                     found.setdefault(frame, []).append(point)
     except OSError as error:
@@ -383,6 +392,14 @@ def _read_table(path: Path, frames: int) -> dict[int, Points]:
         )
         for frame, points in found.items()
     }
+
+
+def _pixel(coordinate: str) -> int:
+    """Return the pixel that a point lies in."""
+    pixel = math.floor(float(coordinate))
+    if abs(pixel) > MAX_PIXELS:
+        raise ValueError(f"{coordinate} is no place in a picture")
+    return pixel
 
 
 def _quick_size(path: Path) -> tuple[int, int] | None:
