@@ -89,6 +89,7 @@ class CatalogueVideo:
             self.labels,
             frames=record.frames,
             names=self.frame_names(),
+            dropped=self.dropped,
             size=(record.height, record.width),
         )
 

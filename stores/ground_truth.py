@@ -77,6 +77,7 @@ class GroundTruth:
         labels: Where they lie below it.
         frames: Number of frames of the video.
         names: Names of the images that are its frames; nothing for a video file.
+        dropped: Names of images beside them that are no frames.
         size: Height and width of the video; with it, labels of another size are an error.
     """
 
@@ -87,6 +88,7 @@ class GroundTruth:
         *,
         frames: int,
         names: Sequence[str] | None = None,
+        dropped: Sequence[str] = (),
         size: tuple[int, int] | None = None,
     ) -> None:
         self._root, self._labels, self._size = root, labels, size
@@ -94,6 +96,7 @@ class GroundTruth:
         self._names = names
         if names is not None and len(names) != frames:
             raise ValueError(f"{frames} frames with {len(names)} names")
+        self._dropped = dropped
         self._maps, self._extra_maps = self._pair(self._files(labels.maps))
         self._fixations, self._extra_fixations = self._pair(self._fixation_files())
 
@@ -234,13 +237,22 @@ class GroundTruth:
 
     def _pair(self, files: Sequence[Path]) -> tuple[dict[int, Path], list[Path]]:
         """Return files by the frame they are about, and those that are about none."""
-        frame_of = pair_labels([path.stem for path in files], self.num_frames, self._names)
+        frame_of = self._frames_of([path.stem for path in files])
         paired: dict[int, Path] = {}
         extra = []
         for path, frame in zip(files, frame_of, strict=True):
             if frame is None or paired.setdefault(frame, path) != path:
                 extra.append(path)
         return paired, extra
+
+    def _frames_of(self, stems: Sequence[str]) -> list[int | None]:
+        if self._names is None or not self._dropped:
+            return pair_labels(stems, self.num_frames, self._names)
+        # Images that are no frames still count where pairs are told by their order.
+        images = sorted([*self._names, *self._dropped], key=natural_key)
+        frame_at = {name: frame for frame, name in enumerate(self._names)}
+        ranks = pair_labels(stems, len(images), images)
+        return [None if rank is None else frame_at.get(images[rank]) for rank in ranks]
 
     def _check_sizes(self, frame: int, sizes: Mapping[Path, tuple[int, ...]]) -> None:
         if len(set(sizes.values())) > 1:

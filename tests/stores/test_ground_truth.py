@@ -175,6 +175,19 @@ def test_labels_with_an_offset_are_those_of_their_frame(
         assert read_number(frame) == read_number(density) == read_number(fixations) == index
 
 
+def test_damaged_images_do_not_part_the_others_from_their_labels(offset_layout: Path) -> None:
+    video = video_of(offset_layout, 1)
+    names = list_images(video.file.absolute)
+    dropped = [names.pop(30), names.pop(0)]
+    truth = GroundTruth(offset_layout, video.labels, frames=38, names=names, dropped=dropped)
+    for index, name in enumerate(names):
+        density, fixations = truth.read(index)
+        assert density is not None
+        assert fixations is not None
+        assert read_number(density) == read_number(fixations) == int(name.removesuffix(".png"))
+    assert "2 of 40 maps belong to none of the 38 frames" in truth.census().problems[0]
+
+
 @pytest.mark.parametrize("image_digits", [4, 5])
 def test_no_label_is_given_to_another_frame_where_some_of_both_are_missing(
     image_digits: int,
