@@ -24,6 +24,7 @@ from stores.images import (
     MAX_PIXELS,
     GrayImage,
     check_png,
+    is_junk,
     list_images,
     natural_key,
     read_gray,
@@ -232,7 +233,10 @@ class GroundTruth:
         path = self._root / folder
         if not folder or not path.is_dir():
             return []
-        names = sorted(name for name in os.listdir(path) if not name.startswith("._"))
+        try:
+            names = sorted(name for name in os.listdir(path) if not is_junk(name))
+        except OSError as error:
+            raise GroundTruthError(f"cannot look into {path}: {error.strerror}") from error
         return [path / name for name in names if name.lower().endswith(MAT_SUFFIX)]
 
     def _pair(self, files: Sequence[Path]) -> tuple[dict[int, Path], list[Path]]:
@@ -417,7 +421,11 @@ def _pixel(coordinate: str) -> int:
 def _quick_size(path: Path) -> tuple[int, int] | None:
     """Return a file's size as its head tells it; nothing for a ``.mat``, whose head does not."""
     if path.suffix.lower() == MAT_SUFFIX:
-        if not path.stat().st_size:
+        try:
+            is_empty = not path.stat().st_size
+        except OSError as error:
+            raise ImageError(f"cannot read {path}: {error.strerror}") from error
+        if is_empty:
             raise ImageError(f"{path} is empty")
         return None
     return check_png(path) if path.suffix.lower() == ".png" else read_size(path)
