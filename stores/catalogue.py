@@ -308,15 +308,18 @@ def _look_at(
     by_id = {video.file.id: video for video in chosen}
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="labels") as pool:
         waiting = []
-        for found in probe_videos([video.file for video in chosen]):
-            if isinstance(found, ProbeFailure):
-                yield found
-                continue
-            waiting.append(pool.submit(_look_at_one, by_id[found.record.id], found))
-            while waiting and waiting[0].done():
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
+        try:
+            for found in probe_videos([video.file for video in chosen]):
+                if isinstance(found, ProbeFailure):
+                    yield found
+                    continue
+                waiting.append(pool.submit(_look_at_one, by_id[found.record.id], found))
+                while waiting and waiting[0].done():
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt does not wait for all labels
 
 
 def _look_at_one(video: DatasetVideo, probe: Probe) -> CatalogueVideo | ProbeFailure:
