@@ -74,13 +74,18 @@ def _listed_videos(list_file: Path) -> Iterator[VideoFile]:
         where = root / path
         if not where.is_file():
             raise VideoError(f"{list_file}, line {number}: {where} is no file")
+        if own_id.startswith("/") or {".", ".."} & set(own_id.split("/")):
+            raise VideoError(
+                f"{list_file}, line {number}: the id {own_id!r} would lead out of the folder that "
+                "is written to"
+            )
         count += 1
         is_below = not path.is_absolute() and ".." not in path.parts
         if is_below:
             relative = path.as_posix()
             yield VideoFile(own_id or _id_of(relative), root, relative)
         else:
-            yield VideoFile(own_id or path.stem, where.parent.resolve(), path.name)
+            yield VideoFile(own_id or _id_of(path.name), where.parent.resolve(), path.name)
     if not count:
         raise VideoError(f"{list_file} names no video")
 
