@@ -44,6 +44,11 @@ POINTS: Final = "fixations.csv"
 NUMBER: Final = re.compile(r"\d{1,5}")
 SHOT: Final = re.compile(r"actionclip(train|test)\d{5}_\d+")
 ACTION: Final = re.compile(r"[A-Za-z]+(-[A-Za-z]+)*-\d{3}")
+UCF_ACTION: Final = re.compile(
+    r"(Diving-Side|Golf-Swing-(Back|Front|Side)|Kicking-(Front|Side)|Lifting|Riding-Horse|Run-Side"
+    r"|SkateBoarding-Front|Swing-(Bench|SideAngle)|Walk-Front)-\d{3}"
+)
+"""Own folders may be called as UCF-Sports' are, but not all of them after its classes."""
 YOUTUBE: Final = re.compile(r".{11}_\d{6}_\d{6}")
 KINETICS_SPLIT: Final = re.compile(r"(train|training|val|valid|validation|test|testing)(_\d+)?")
 NESTED: Final = 3
@@ -302,7 +307,10 @@ def _find_hollywood2(tree: _Tree) -> Dataset | None:
 
 
 def _find_ucf(tree: _Tree) -> Dataset | None:
-    return _find_sequences(tree, "ucf", ACTION)
+    dataset = _find_sequences(tree, "ucf", ACTION)
+    if dataset is None or not any(UCF_ACTION.fullmatch(v.file.id) for v in dataset.videos):
+        return None
+    return dataset
 
 
 def _find_sequences(tree: _Tree, kind: Kind, pattern: re.Pattern[str]) -> Dataset | None:
