@@ -23,9 +23,11 @@ from click.testing import CliRunner, Result
 from cli import cli
 from stores import TargetStore, probing
 from stores.catalogue import Catalogue, CatalogueVideo, open_catalogue, scan
-from stores.decode import decode_images
+from stores.decode import decode_images, decode_spans, index_video
 from stores.errors import DatasetError, VideoError
 from stores.finding import find_videos
+from stores.ground_truth import GroundTruth, LabelCensus
+from stores.progress import Progress
 from stores.videos import hash_file
 from tests.miniature import (
     BROKEN,
@@ -229,6 +231,23 @@ def test_damaged_image_is_dropped_and_later_frames_keep_their_labels(
         assert truth.name_of(index) == Path(name).stem
 
 
+def test_long_sequence_with_damage_can_be_begun_anywhere(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    for number in range(310):
+        write_png(folder / f"{number}.png", np.full((4, 6, 3), number % 256, np.uint8))
+    for number in (0, 139, 150, 279, 309):
+        (folder / f"{number}.png").write_bytes(b"no image")
+    (video,) = scan(tmp_path).videos
+    assert video.dropped == ("0.png", "139.png", "150.png", "279.png", "309.png")
+    names = video.frame_names()
+    assert names is not None
+    index = index_video(folder).frame_index
+    assert index is not None
+    spans = [range(100, 101), range(137, 150), range(275, 305)]
+    for number, frame in decode_spans(folder, spans, size=(4, 6), index=index):
+        assert frame[0, 0, 0] == int(names[number].removesuffix(".png")) % 256
+
+
 def test_images_that_changed_since_are_noticed(tmp_path: Path) -> None:
     for number in range(3):
         write_png(tmp_path / "s" / f"{number}.png", np.full((16, 16, 3), number, np.uint8))
@@ -427,6 +446,28 @@ def test_second_scan_decodes_nothing(
     assert looked_at == []
 
 
+def test_interrupt_does_not_wait_for_all_labels(
+    miniatures: Miniatures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(miniatures("dhf1k"))
+    looked_at: list[GroundTruth] = []
+
+    def look(truth: GroundTruth) -> LabelCensus:
+        looked_at.append(truth)
+        time.sleep(0.2)
+        return LabelCensus()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(GroundTruth, "census", look)
+    monkeypatch.setattr(Progress, "advance", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        scan(miniatures("dhf1k"))
+    assert len(looked_at) < 4  # of 5
+
+
 @pytest.mark.timeout(120)
 def test_scan_that_was_stopped_goes_on(
     video_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -571,6 +612,19 @@ def test_sequences_are_labelled_however_short(
         planes = labels.read(video.record.id, 0, length)
         assert all(len(values) == length for values in planes.values())
         assert all(np.isfinite(values).all() for values in planes.values())
+
+
+def test_sequence_with_a_damaged_image_is_labelled(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "frames" / "s"
+    for number in range(20):
+        write_png(folder / f"{number}.png", np.full((32, 32, 3), 10 * number, np.uint8))
+    (folder / "0.png").write_bytes(b"")
+    assert run("data", "scan", tmp_path / "frames", "--out", tmp_path / "c.jsonl").exit_code == 0
+    store = tmp_path / "t.zarr"
+    command = ("distill", tmp_path / "c.jsonl", "--teacher", "pqft", "--store", store, *SMALL)
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert "19 frames labelled" in result.output
 
 
 def test_unknown_split_of_a_catalogue_is_one_line(run: Run, saved: Path, tmp_path: Path) -> None:

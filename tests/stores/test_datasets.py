@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stores.datasets import Dataset, DatasetVideo, LabelFolders, dhf1k_splits, find_dataset
-from stores.errors import DatasetError
+from stores.errors import DatasetError, VideoError
 from stores.finding import find_videos
 from tests.miniature import KINETICS, Kind, Layout, relayout_dhf1k
 
@@ -271,6 +271,21 @@ def test_labels_without_images_are_told(tmp_path: Path) -> None:
     assert dataset.problems == ["training/Lifting-002 has labels, but no images"]
 
 
+def test_own_images_are_not_taken_for_ucf(tmp_path: Path) -> None:
+    touch(tmp_path, "train/my-walk-001/images/1.png", "train/my-walk-002/images/1.png", "b.mp4")
+    dataset = find_dataset(tmp_path)
+    assert dataset.kind == "plain"
+    assert ids(dataset.videos) == ["b", "train/my-walk-001", "train/my-walk-002"]
+
+
+@pytest.mark.parametrize("id_", ["../up", "/up", "a/../../up", ".", ".."])
+def test_id_of_a_list_leads_nowhere(tmp_path: Path, id_: str) -> None:
+    touch(tmp_path, "a.mp4")
+    (tmp_path / "list.csv").write_text(f"path,id\na.mp4,{id_}\n")
+    with pytest.raises(VideoError, match=r"list\.csv, line 2: the id .* would lead out"):
+        find_videos([], [tmp_path / "list.csv"])
+
+
 # Kinetics
 
 
@@ -350,7 +365,7 @@ def test_covers_beside_videos_are_no_video(tmp_path: Path) -> None:
 
 def test_videos_that_would_be_called_the_same_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4", "a.webm")
-    with pytest.raises(Exception, match="would both be called 'a'"):
+    with pytest.raises(VideoError, match="would both be called 'a'"):
         find_videos([tmp_path])
 
 
