@@ -138,6 +138,7 @@ def find_dataset(root: Path, kind: Kind | None = None) -> Dataset:
         tree = _Tree(inner)
         for name, finder in _FINDERS.items():
             if kind in (None, name) and (dataset := finder(tree)) is not None:
+                _tell_strangers(dataset, tree)
                 _order(dataset)
                 return dataset
         if len(tree.folders()) != 1 or tree.files():
@@ -156,6 +157,22 @@ def find_dataset(root: Path, kind: Kind | None = None) -> Dataset:
         )
     _order(dataset)
     return dataset
+
+
+def _tell_strangers(dataset: Dataset, tree: _Tree) -> None:
+    """Tell of video files that lie in a data set and are not of it."""
+    known = {video.file.path for video in dataset.videos}
+    strangers = []
+    for path in _walk(tree):
+        prefix = f"{path}/" if path else ""
+        names = (prefix + name for name in tree.files(path) if _is_video(name))
+        strangers += [name for name in names if name not in known]
+    if strangers:
+        shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        dataset.problems.append(
+            f"{len(strangers)} videos are not of {KIND_NAMES[dataset.kind]} and passed over "
+            f"({shown}); to take all, scan it as --kind plain"
+        )
 
 
 def _order(dataset: Dataset) -> None:
@@ -358,7 +375,7 @@ def _find_plain(tree: _Tree) -> Dataset:
     dataset = Dataset("plain", tree.root)
     for path in _walk(tree):
         prefix = f"{path}/" if path else ""
-        names = [name for name in tree.files(path) if name.lower().endswith(VIDEO_SUFFIXES)]
+        names = list(filter(_is_video, tree.files(path)))
         for name in names:
             stem = os.path.splitext(name)[0]
             id_ = prefix + stem
@@ -428,6 +445,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
+
+
+def _is_video(name: str) -> bool:
+    return name.lower().endswith(VIDEO_SUFFIXES)
 
 
 def _is_image(name: str) -> bool:
