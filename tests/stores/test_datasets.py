@@ -167,6 +167,26 @@ def test_own_videos_are_not_taken_for_dhf1k(tmp_path: Path, paths: tuple[str, ..
     assert all(not video.splits for video in dataset.videos)
 
 
+@pytest.mark.parametrize(
+    ("paths", "strangers"),
+    [
+        (("videos/0001.avi", "more/x.mp4", "y.mp4"), ["more/x.mp4", "y.mp4"]),
+        (("train/c/abcdefghijk_000001_000002.mp4", "train/c/sub/z.mkv"), ["train/c/sub/z.mkv"]),
+        (("testing/Lifting-001/images/1.png", "testing/making-of.mp4"), ["testing/making-of.mp4"]),
+    ],
+)
+def test_videos_that_are_passed_over_are_told(
+    tmp_path: Path, paths: tuple[str, ...], strangers: list[str]
+) -> None:
+    dataset = find_dataset(touch(tmp_path, *paths))
+    assert len(dataset.videos) == 1
+    (problem,) = dataset.problems
+    assert problem.startswith(f"{len(strangers)} videos are not of ")
+    assert all(name in problem for name in strangers)
+    assert "--kind plain" in problem
+    assert len(find_dataset(tmp_path, "plain").videos) == len(paths)
+
+
 # Splits
 
 
