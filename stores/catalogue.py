@@ -284,7 +284,7 @@ def scan(root: Path, *, kind: Kind | None = None, split: str | None = None) -> C
             f"{twice.id!r}; rename one"
         )
     with (
-        Progress(len(chosen), unit="videos", label=f"scanning {root.name}") as progress,
+        Progress(len(chosen), unit="videos", label=f"scanning {dataset.root.name}") as progress,
         closing(_look_at(dataset, chosen)) as found,
     ):
         for item in found:

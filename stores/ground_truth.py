@@ -366,6 +366,7 @@ def _read_mat(path: Path) -> FixationMap:
     """Read the variable ``I`` of a MATLAB file; nothing in it is run."""
     from scipy.io import loadmat
 
+    _check_regular(path)
     try:
         content: dict[str, Any] = loadmat(path, variable_names=[MAT_VARIABLE])
     except NotImplementedError as error:
@@ -386,6 +387,7 @@ def _read_table(path: Path, frames: int) -> dict[int, Points]:
     Points of frames that are not there are left out.
     """
     found: dict[int, list[tuple[int, int, str]]] = {}
+    _check_regular(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file)
@@ -408,6 +410,11 @@ def _read_table(path: Path, frames: int) -> dict[int, Points]:
         )
         for frame, points in found.items()
     }
+
+
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise GroundTruthError(f"{path} is no regular file")
 
 
 def _pixel(coordinate: str) -> int:
