@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -363,6 +364,21 @@ def test_matlab_file_that_is_none_is_named(tmp_path: Path, content: str) -> None
     assert str(path) in str(caught.value)
     if content == "empty":
         assert truth.census().problems == (f"{path} is empty",)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["maps/0001.png", "fixation/0001.mat", "fixations.csv"])
+def test_pipes_are_told_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    for folder in ("maps", "fixation"):
+        (tmp_path / folder).mkdir()
+    os.mkfifo(tmp_path / name)
+    points = name if name.endswith(".csv") else ""
+    truth = GroundTruth(tmp_path, LabelFolders("maps", "fixation", points), frames=1)
+    with pytest.raises(GroundTruthError, match="is no regular file"):
+        truth.read(0)
+    if not points:
+        assert len(truth.census().problems) == 1
+        assert truth.census().labelled == 0
 
 
 def test_sixteen_bits_of_a_map_are_kept(tmp_path: Path) -> None:
