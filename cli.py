@@ -382,13 +382,15 @@ def scan_command(*, path: Path, kind: Any, out: Path | None, strict: bool) -> No
     Example:
         python cli.py data scan DHF1K
     """
-    from stores.catalogue import CATALOGUE_SUFFIX, Catalogue, scan
+    from stores.catalogue import CATALOGUE_SUFFIX, is_catalogue, scan
 
     out = out or Path(f"{path.resolve().name}{CATALOGUE_SUFFIX}")
     if out.suffix != CATALOGUE_SUFFIX:
         raise click.UsageError(f"--out must end in {CATALOGUE_SUFFIX}, got {out}")
-    if out.exists():
-        Catalogue.load(out)  # an error if it is something else, which is not written over
+    if not out.parent.is_dir():
+        raise click.UsageError(f"--out: there is no folder {out.parent}")
+    if out.exists() and not is_catalogue(out):
+        raise click.ClickException(f"{out} is no catalogue, and is not written over")
     catalogue = scan(path, kind=kind)
     catalogue.save(out)
     click.echo(catalogue)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from stores.datasets import (
     choose_split,
     find_dataset,
 )
-from stores.errors import DatasetError, VideoError
+from stores.errors import DatasetError, GroundTruthError, VideoError
 from stores.ground_truth import GroundTruth, LabelCensus
 from stores.images import list_images
 from stores.probing import Probe, ProbeFailure, probe_videos
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 CATALOGUE_SUFFIX: Final = ".jsonl"
 FORMAT: Final = "tinyhd-catalogue"
 VERSION: Final = 1
+NAMES: Final = "surrogateescape"
+"""How names of files that are no text are kept."""
 SHOWN_PROBLEMS: Final = 20
 NO_LABELS: Final = LabelFolders()
 NO_CENSUS: Final = LabelCensus()
@@ -89,6 +92,7 @@ class CatalogueVideo:
             self.labels,
             frames=record.frames,
             names=self.frame_names(),
+            dropped=self.dropped,
             size=(record.height, record.width),
         )
 
@@ -159,7 +163,7 @@ class Catalogue:
         }
         partial = path.with_name(f"{path.name}.partial")
         try:
-            with partial.open("w", encoding="utf-8") as file:
+            with partial.open("w", encoding="utf-8", errors=NAMES) as file:
                 for line in (head, *map(_video_to_json, self.videos), *map(_bad_to_json, self.bad)):
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
@@ -177,7 +181,7 @@ class Catalogue:
         """
         number = 0
         try:
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8", errors=NAMES) as file:
                 lines = enumerate(file, 1)
                 number, line = next(lines, (1, ""))
                 catalogue, length = _head_from_json(json.loads(line), path)
@@ -223,7 +227,21 @@ class Catalogue:
             lines += [f"  {problem}" for problem in problems[:SHOWN_PROBLEMS]]
             if len(problems) > SHOWN_PROBLEMS:
                 lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more, all in the catalogue")
-        return "\n".join(lines)
+        return "\n".join(lines).encode(errors="replace").decode()
+
+
+def is_catalogue(path: Path) -> bool:
+    """Return whether a file begins as a catalogue does, of whatever version, maybe damaged.
+
+    Raises:
+        DatasetError: If it cannot be read.
+    """
+    begin = json.dumps({"format": FORMAT}).removesuffix("}").encode()
+    try:
+        with path.open("rb") as file:
+            return file.read(len(begin)) == begin
+    except OSError as error:
+        raise DatasetError(f"cannot read {path}: {error.strerror}") from error
 
 
 def open_catalogue(path: Path, *, split: str | None = None) -> Catalogue:
@@ -266,7 +284,7 @@ def scan(root: Path, *, kind: Kind | None = None, split: str | None = None) -> C
             f"{twice.id!r}; rename one"
         )
     with (
-        Progress(len(chosen), unit="videos", label=f"scanning {root.name}") as progress,
+        Progress(len(chosen), unit="videos", label=f"scanning {dataset.root.name}") as progress,
         closing(_look_at(dataset, chosen)) as found,
     ):
         for item in found:
@@ -290,15 +308,18 @@ def _look_at(
     by_id = {video.file.id: video for video in chosen}
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="labels") as pool:
         waiting = []
-        for found in probe_videos([video.file for video in chosen]):
-            if isinstance(found, ProbeFailure):
-                yield found
-                continue
-            waiting.append(pool.submit(_look_at_one, by_id[found.record.id], found))
-            while waiting and waiting[0].done():
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
+        try:
+            for found in probe_videos([video.file for video in chosen]):
+                if isinstance(found, ProbeFailure):
+                    yield found
+                    continue
+                waiting.append(pool.submit(_look_at_one, by_id[found.record.id], found))
+                while waiting and waiting[0].done():
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt does not wait for all labels
 
 
 def _look_at_one(video: DatasetVideo, probe: Probe) -> CatalogueVideo | ProbeFailure:
@@ -312,9 +333,17 @@ def _look_at_one(video: DatasetVideo, probe: Probe) -> CatalogueVideo | ProbeFai
         found = CatalogueVideo(
             record=record, splits=video.splits, labels=video.labels, dropped=dropped
         )
-        return replace(found, census=found.ground_truth().census()) if video.labels else found
+        return replace(found, census=_count_labels(found)) if video.labels else found
     except VideoError as error:
         return ProbeFailure(video.file, str(error))
+
+
+def _count_labels(video: CatalogueVideo) -> LabelCensus:
+    truth = video.ground_truth()
+    try:
+        return truth.census()
+    except GroundTruthError as error:  # it has no labels, but is a video
+        return LabelCensus(problems=(str(error),))
 
 
 def _row(name: str, videos: Sequence[CatalogueVideo]) -> tuple[str, ...]:
@@ -335,8 +364,9 @@ def _head_from_json(head: Mapping[str, Any], path: Path) -> tuple[Catalogue, int
             f"{path} is a catalogue of version {head['version']}, this program reads version "
             f"{VERSION}; make it anew with: tinyhd data scan"
         )
-    problems = [str(problem) for problem in head["problems"]]
-    return Catalogue(head["kind"], Path(head["root"]), problems=problems), int(head["videos"])
+    problems = list(_checked_texts(head["problems"]))
+    length = _checked_number(head["videos"])
+    return Catalogue(head["kind"], Path(head["root"]), problems=problems), length
 
 
 def _video_to_json(video: CatalogueVideo) -> dict[str, Any]:
@@ -349,23 +379,25 @@ def _video_to_json(video: CatalogueVideo) -> dict[str, Any]:
 
 def _video_from_json(item: Mapping[str, Any], root: Path) -> CatalogueVideo:
     record = VideoRecord(
-        id=str(item["id"]),
+        id=_checked_path(item["id"]),
         root=str(root),
         path=_checked_path(item["path"]),
         content_hash=bytes.fromhex(item["content_hash"]),
-        frames=int(item["frames"]),
-        height=int(item["height"]),
-        width=int(item["width"]),
-        fps=float(item["fps"]),
+        frames=_checked_number(item["frames"]),
+        height=_checked_number(item["height"]),
+        width=_checked_number(item["width"]),
+        fps=_checked_rate(item["fps"]),
     )
     labels = {key: _checked_path(value) for key, value in item["labels"].items()}
-    census = {**item["census"], "problems": tuple(map(str, item["census"]["problems"]))}
+    census = {**item["census"]}
+    problems = _checked_texts(census.pop("problems"))
+    counts = {key: _checked_number(value) for key, value in census.items()}
     return CatalogueVideo(
         record=record,
-        splits=tuple(map(str, item["splits"])),
+        splits=_checked_texts(item["splits"]),
         labels=LabelFolders(**labels),
-        dropped=tuple(map(str, item["dropped"])),
-        census=LabelCensus(**census),
+        dropped=_checked_texts(item["dropped"]),
+        census=LabelCensus(**counts, problems=problems),
     )
 
 
@@ -374,7 +406,7 @@ def _bad_to_json(bad: BadVideo) -> dict[str, Any]:
 
 
 def _bad_from_json(item: Mapping[str, Any]) -> BadVideo:
-    splits = tuple(map(str, item["splits"]))
+    splits = _checked_texts(item["splits"])
     return BadVideo(str(item["id"]), str(item["path"]), splits, str(item["reason"]))
 
 
@@ -384,6 +416,30 @@ def _checked_path(path: object) -> str:
     Raises:
         ValueError: If it would.
     """
-    if not isinstance(path, str) or path.startswith("/") or ".." in Path(path).parts:
+    if (
+        not isinstance(path, str)
+        or not path
+        or path.startswith("/")
+        or ".." in Path(path).parts
+        or "\0" in path
+    ):
         raise ValueError(f"{path!r} is no path below the data set")
     return path
+
+
+def _checked_number(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError(f"{value!r} is no number of anything")
+    return value
+
+
+def _checked_rate(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is no number of frames per second")
+    return float(value)
+
+
+def _checked_texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{values!r} is no list of texts")
+    return tuple(values)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from stores.errors import DatasetError, VideoError
@@ -44,6 +44,11 @@ POINTS: Final = "fixations.csv"
 NUMBER: Final = re.compile(r"\d{1,5}")
 SHOT: Final = re.compile(r"actionclip(train|test)\d{5}_\d+")
 ACTION: Final = re.compile(r"[A-Za-z]+(-[A-Za-z]+)*-\d{3}")
+UCF_ACTION: Final = re.compile(
+    r"(Diving-Side|Golf-Swing-(Back|Front|Side)|Kicking-(Front|Side)|Lifting|Riding-Horse|Run-Side"
+    r"|SkateBoarding-Front|Swing-(Bench|SideAngle)|Walk-Front)-\d{3}"
+)
+"""Own folders may be called as UCF-Sports' are, but not all of them after its classes."""
 YOUTUBE: Final = re.compile(r".{11}_\d{6}_\d{6}")
 KINETICS_SPLIT: Final = re.compile(r"(train|training|val|valid|validation|test|testing)(_\d+)?")
 NESTED: Final = 3
@@ -129,10 +134,11 @@ def find_dataset(root: Path, kind: Kind | None = None) -> Dataset:
     if kind is not None and kind not in KINDS:
         raise DatasetError(f"there is no kind {kind!r} of data sets; there are {', '.join(KINDS)}")
     inner = root = root.resolve()
-    for _ in range(NESTED):
+    for _ in range(NESTED + 1):
         tree = _Tree(inner)
         for name, finder in _FINDERS.items():
             if kind in (None, name) and (dataset := finder(tree)) is not None:
+                _tell_strangers(dataset, tree)
                 _order(dataset)
                 return dataset
         if len(tree.folders()) != 1 or tree.files():
@@ -151,6 +157,22 @@ def find_dataset(root: Path, kind: Kind | None = None) -> Dataset:
         )
     _order(dataset)
     return dataset
+
+
+def _tell_strangers(dataset: Dataset, tree: _Tree) -> None:
+    """Tell of video files that lie in a data set and are not of it."""
+    known = {video.file.path for video in dataset.videos}
+    strangers = []
+    for path in _walk(tree):
+        prefix = f"{path}/" if path else ""
+        names = (prefix + name for name in tree.files(path) if _is_video(name))
+        strangers += [name for name in names if name not in known]
+    if strangers:
+        shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+        dataset.problems.append(
+            f"{len(strangers)} videos are not of {KIND_NAMES[dataset.kind]} and passed over "
+            f"({shown}); to take all, scan it as --kind plain"
+        )
 
 
 def _order(dataset: Dataset) -> None:
@@ -224,7 +246,7 @@ class _Tree:
                 with os.scandir(self.root / path) as entries:
                     for entry in entries:
                         if not is_junk(entry.name):
-                            (folders if entry.is_dir() else files).append(entry.name)
+                            (folders if _is_folder(entry) else files).append(entry.name)
             except OSError as error:
                 raise VideoError(f"cannot look into {error.filename}: {error.strerror}") from error
             self._entries[path] = (
@@ -302,7 +324,10 @@ def _find_hollywood2(tree: _Tree) -> Dataset | None:
 
 
 def _find_ucf(tree: _Tree) -> Dataset | None:
-    return _find_sequences(tree, "ucf", ACTION)
+    dataset = _find_sequences(tree, "ucf", ACTION)
+    if dataset is None or not any(UCF_ACTION.fullmatch(v.file.id) for v in dataset.videos):
+        return None
+    return dataset
 
 
 def _find_sequences(tree: _Tree, kind: Kind, pattern: re.Pattern[str]) -> Dataset | None:
@@ -350,10 +375,10 @@ def _find_plain(tree: _Tree) -> Dataset:
     dataset = Dataset("plain", tree.root)
     for path in _walk(tree):
         prefix = f"{path}/" if path else ""
-        names = [name for name in tree.files(path) if name.lower().endswith(VIDEO_SUFFIXES)]
+        names = list(filter(_is_video, tree.files(path)))
         for name in names:
-            id_ = PurePosixPath(prefix + name).with_suffix("").as_posix()
-            stem = PurePosixPath(name).stem
+            stem = os.path.splitext(name)[0]
+            id_ = prefix + stem
             labels = tree.labels(prefix + stem) if stem in tree.folders(path) else LabelFolders()
             dataset.videos.append(
                 DatasetVideo(tree.video(id_, prefix + name), _plain_splits(id_), labels)
@@ -413,6 +438,17 @@ def _dhf1k_lists() -> dict[str, frozenset[int]]:
     }
     val60 = frozenset(data["val60"]["numbers"])
     return {**lists, "train540": lists["train"] - val60, "val60": val60}
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_video(name: str) -> bool:
+    return name.lower().endswith(VIDEO_SUFFIXES)
 
 
 def _is_image(name: str) -> bool:

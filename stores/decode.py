@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +22,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from stores.errors import VideoError
+from stores.errors import ImageError, VideoError
 from stores.images import list_images, read_sequence, read_size
 
 Frame = npt.NDArray[np.uint8]
@@ -130,8 +130,10 @@ def read_header(path: Path) -> VideoHeader:
     """
     if path.is_dir():
         names = list_images(path)
-        height, width = read_size(path / names[0]) if names else (0, 0)
-        return VideoHeader(len(names), Fraction(0), height, width)
+        for name in names:
+            with suppress(ImageError):  # it is no frame
+                return VideoHeader(len(names), Fraction(0), *read_size(path / name))
+        return VideoHeader(len(names), Fraction(0), 0, 0)
     with _open_container(path) as container:
         stream = _video_stream(container, path)
         fps = Fraction(stream.average_rate or 0)

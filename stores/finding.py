@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from stores.catalogue import CATALOGUE_SUFFIX, Catalogue
 from stores.datasets import find_dataset
@@ -62,7 +63,7 @@ def _add(found: dict[str, VideoFile], video: VideoFile) -> None:
 
 def _id_of(relative: str) -> str:
     """Return what a video is called whose path below its root is given."""
-    return PurePosixPath(relative).with_suffix("").as_posix()
+    return os.path.splitext(relative)[0]
 
 
 def _listed_videos(list_file: Path) -> Iterator[VideoFile]:
@@ -73,13 +74,18 @@ def _listed_videos(list_file: Path) -> Iterator[VideoFile]:
         where = root / path
         if not where.is_file():
             raise VideoError(f"{list_file}, line {number}: {where} is no file")
+        if own_id.startswith("/") or {".", ".."} & set(own_id.split("/")):
+            raise VideoError(
+                f"{list_file}, line {number}: the id {own_id!r} would lead out of the folder that "
+                "is written to"
+            )
         count += 1
         is_below = not path.is_absolute() and ".." not in path.parts
         if is_below:
             relative = path.as_posix()
             yield VideoFile(own_id or _id_of(relative), root, relative)
         else:
-            yield VideoFile(own_id or path.stem, where.parent.resolve(), path.name)
+            yield VideoFile(own_id or _id_of(path.name), where.parent.resolve(), path.name)
     if not count:
         raise VideoError(f"{list_file} names no video")
 

@@ -7,6 +7,7 @@ frame 0. Everything is read at the size in which it was recorded.
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,16 @@ import numpy.typing as npt
 
 from stores.datasets import LabelFolders
 from stores.errors import GroundTruthError, ImageError
-from stores.images import GrayImage, check_png, list_images, read_gray, read_size
+from stores.images import (
+    MAX_PIXELS,
+    GrayImage,
+    check_png,
+    is_junk,
+    list_images,
+    natural_key,
+    read_gray,
+    read_size,
+)
 from stores.videos import FileStamp
 
 MAT_SUFFIX: Final = ".mat"
@@ -69,6 +79,7 @@ class GroundTruth:
         labels: Where they lie below it.
         frames: Number of frames of the video.
         names: Names of the images that are its frames; nothing for a video file.
+        dropped: Names of images beside them that are no frames.
         size: Height and width of the video; with it, labels of another size are an error.
     """
 
@@ -79,6 +90,7 @@ class GroundTruth:
         *,
         frames: int,
         names: Sequence[str] | None = None,
+        dropped: Sequence[str] = (),
         size: tuple[int, int] | None = None,
     ) -> None:
         self._root, self._labels, self._size = root, labels, size
@@ -86,6 +98,7 @@ class GroundTruth:
         self._names = names
         if names is not None and len(names) != frames:
             raise ValueError(f"{frames} frames with {len(names)} names")
+        self._dropped = dropped
         self._maps, self._extra_maps = self._pair(self._files(labels.maps))
         self._fixations, self._extra_fixations = self._pair(self._fixation_files())
 
@@ -234,24 +247,36 @@ class GroundTruth:
             path.stem: path for path in self._mats(self._labels.maps) if path.stem not in files
         }
         files |= {path.stem: path for path in self._files(folder)}
-        return list(files.values())
+        return sorted(files.values(), key=lambda path: natural_key(path.stem))
 
     def _mats(self, folder: str) -> list[Path]:
         path = self._root / folder
         if not folder or not path.is_dir():
             return []
-        names = sorted(name for name in os.listdir(path) if not name.startswith("._"))
+        try:
+            names = sorted(name for name in os.listdir(path) if not is_junk(name))
+        except OSError as error:
+            raise GroundTruthError(f"cannot look into {path}: {error.strerror}") from error
         return [path / name for name in names if name.lower().endswith(MAT_SUFFIX)]
 
     def _pair(self, files: Sequence[Path]) -> tuple[dict[int, Path], list[Path]]:
         """Return files by the frame they are about, and those that are about none."""
-        frame_of = pair_labels([path.stem for path in files], self.num_frames, self._names)
+        frame_of = self._frames_of([path.stem for path in files])
         paired: dict[int, Path] = {}
         extra = []
         for path, frame in zip(files, frame_of, strict=True):
             if frame is None or paired.setdefault(frame, path) != path:
                 extra.append(path)
         return paired, extra
+
+    def _frames_of(self, stems: Sequence[str]) -> list[int | None]:
+        if self._names is None or not self._dropped:
+            return pair_labels(stems, self.num_frames, self._names)
+        # Images that are no frames still count where pairs are told by their order.
+        images = sorted([*self._names, *self._dropped], key=natural_key)
+        frame_at = {name: frame for frame, name in enumerate(self._names)}
+        ranks = pair_labels(stems, len(images), images)
+        return [None if rank is None else frame_at.get(images[rank]) for rank in ranks]
 
     def _check_sizes(self, frame: int, sizes: Mapping[Path, tuple[int, ...]]) -> None:
         if len(set(sizes.values())) > 1:
@@ -280,9 +305,9 @@ class GroundTruth:
 def pair_labels(stems: Sequence[str], frames: int, names: Sequence[str] | None) -> list[int | None]:
     """Return for each label the frame it is about, or nothing if there is none.
 
-    Labels of images have the images' names. Where there are as many labels as images and no name
-    fits, or all are numbered with an offset, they are paired in their order. Labels of a video file
-    are numbered from 1, or from 0 if there is a number 0.
+    Labels of images have the images' names. Where there are as many labels as images, and all are
+    numbered with one offset, or no name fits and names are no numbers, they are paired in their
+    order. Labels of a video file are numbered from 1, or from 0 if there is a number 0.
 
     Args:
         stems: File names of labels without suffix, in natural order.
@@ -299,7 +324,7 @@ def pair_labels(stems: Sequence[str], frames: int, names: Sequence[str] | None) 
             None if label is None or image is None else label - image
             for label, image in zip(_numbers(stems), _numbers(index), strict=True)
         }
-        in_order = not fitting or (len(steps) == 1 and steps != {None})
+        in_order = not fitting if None in steps else len(steps) == 1
         return list(range(frames)) if in_order else found
     numbers = _numbers(stems)
     first = 0 if 0 in numbers else 1
@@ -361,6 +386,7 @@ def _read_mat(path: Path) -> FixationMap:
     """Read the variable ``I`` of a MATLAB file; nothing in it is run."""
     from scipy.io import loadmat
 
+    _check_regular(path)
     try:
         content: dict[str, Any] = loadmat(path, variable_names=[MAT_VARIABLE])
     except NotImplementedError as error:
@@ -381,6 +407,7 @@ def _read_table(path: Path, frames: int) -> dict[int, Points]:
     Points of frames that are not there are left out.
     """
     found: dict[int, list[tuple[int, int, str]]] = {}
+    _check_regular(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file)
@@ -388,7 +415,7 @@ def _read_table(path: Path, frames: int) -> dict[int, Points]:
                 raise GroundTruthError(f"{path} has no column {sorted(missing)[0]!r}")
             for row in table:
                 frame = int(row["frame"])
-                point = (int(float(row["y"])), int(float(row["x"])), row.get("observer") or "")
+                point = (_pixel(row["y"]), _pixel(row["x"]), row.get("observer") or "")
                 if 0 <= frame < frames:
                     found.setdefault(frame, []).append(point)
     except OSError as error:
@@ -405,10 +432,27 @@ def _read_table(path: Path, frames: int) -> dict[int, Points]:
     }
 
 
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise GroundTruthError(f"{path} is no regular file")
+
+
+def _pixel(coordinate: str) -> int:
+    """Return the pixel that a point lies in."""
+    pixel = math.floor(float(coordinate))
+    if abs(pixel) > MAX_PIXELS:
+        raise ValueError(f"{coordinate} is no place in a picture")
+    return pixel
+
+
 def _quick_size(path: Path) -> tuple[int, int] | None:
     """Return a file's size as its head tells it; nothing for a ``.mat``, whose head does not."""
     if path.suffix.lower() == MAT_SUFFIX:
-        if not path.stat().st_size:
+        try:
+            is_empty = not path.stat().st_size
+        except OSError as error:
+            raise ImageError(f"cannot read {path}: {error.strerror}") from error
+        if is_empty:
             raise ImageError(f"{path} is empty")
         return None
     return check_png(path) if path.suffix.lower() == ".png" else read_size(path)

@@ -45,9 +45,13 @@ def is_junk(name: str) -> bool:
 
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Return by what names are ordered as people count: ``img_9`` before ``img_10``."""
+    """Return by what names are ordered as people count: ``img_9`` before ``img_10``.
+
+    Names that count the same, as ``1`` and ``01``, are ordered as text.
+    """
     parts = re.split(r"([0-9]+)", name)
-    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in parts if part)
+    key = [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part]
+    return (*key, (-1, name))
 
 
 def list_images(folder: Path) -> list[str]:
@@ -134,6 +138,8 @@ def check_png(path: Path) -> tuple[int, int]:
         ImageError: If it is empty, cut off, or no PNG.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise ImageError(f"{path} is no regular file")
         with path.open("rb", buffering=0) as file:
             head = file.read(24)
             if not head:
@@ -171,7 +177,10 @@ def _opened(path: Path) -> Image.Image:
     except OSError as error:
         what = error.strerror or "it is no image, or damaged"
         raise ImageError(f"cannot read {path}: {what}") from error
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (
+        *(ValueError, SyntaxError, Image.DecompressionBombError),
+        Image.DecompressionBombWarning,  # where warnings are errors
+    ) as error:
         raise ImageError(f"cannot read {path}: {error}") from error
     if image.width * image.height > MAX_PIXELS:
         image.close()

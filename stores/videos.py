@@ -97,6 +97,8 @@ def hash_file(path: Path, on_chunk: Callable[[], None] = lambda: None) -> bytes:
             digest.update(hash_file(path / name, on_chunk))
         return digest.digest()
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise VideoError(f"{path} is no regular file")
         with path.open("rb", buffering=0) as file:
             while chunk := file.read(HASHED_BYTES):
                 digest.update(chunk)

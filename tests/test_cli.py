@@ -58,7 +58,7 @@ def test_two_commands_make_a_student(run: Run, video_folder: Path, tmp_path: Pat
     "command",
     [
         *("distill", "train", "demo", "predict", "export", "models"),
-        *("weights import", "weights export", "weights inflate"),
+        *("weights import", "weights export", "weights inflate", "data scan"),
     ],
 )
 def test_help_shows_an_example(run: Run, command: str) -> None:
