@@ -13,7 +13,8 @@ and raise ValueError where shapes do not fit together or maps are not finite.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from student.protocols import (
     Protocol,
     Ties,
 )
-from student.scored_frames import Fixations, Maps, gather_frames, to_tensor
+from student.scored_frames import Fixations, Maps, ScoredFrames, gather_frames, to_tensor
 
 __all__ = [
     "MEASURES",
@@ -158,8 +159,35 @@ def score_batch(
         predictions, densities, fixations, others, baselines, size=size, protocol=protocol
     )
     wanted = [measure for measure in MEASURES if measure in measures]
-    chunks = [[chunk.score(measure) for measure in wanted] for chunk in frames.chunks()]
-    return {measure: torch.cat(scores) for measure, *scores in zip(wanted, *chunks, strict=True)}
+    chunks = _score_chunks(list(frames.chunks()), wanted)
+    return {
+        measure: torch.cat([scores[index] for scores in chunks])
+        for index, measure in enumerate(wanted)
+    }
+
+
+def _score_chunks(
+    chunks: Sequence[ScoredFrames], measures: Sequence[Measure]
+) -> list[list[Tensor]]:
+    """Score chunks of frames, on a CPU several at a time.
+
+    Each has a thread of its own. PyTorch's threads would wait for each other after every operation,
+    and take many times as long where other programs are busy on the same cores.
+    """
+
+    @torch.no_grad()
+    def score_chunk(chunk: ScoredFrames) -> list[Tensor]:
+        return [chunk.score(measure) for measure in measures]
+
+    threads = min(torch.get_num_threads(), len(chunks))
+    if threads < 2 or not chunks[0].predictions.is_cpu:
+        return [score_chunk(chunk) for chunk in chunks]
+    of_the_process = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "score", torch.set_num_threads, (1,)) as pool:
+            return list(pool.map(score_chunk, chunks))
+    finally:
+        torch.set_num_threads(of_the_process)  # part of it is not a thread's own
 
 
 def auc_judd(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from student.auc import RankedPixels, borji_auc, judd_auc, shuffled_auc
 from student.imresize import resize_maps
-from student.map_statistics import MapStatistics
+from student.map_statistics import MapStatistics, computed_once
 from student.measures import (
     divergence,
     information_gain,
@@ -29,7 +28,7 @@ from student.protocols import ON_DENSITIES, Measure, Protocol
 Maps = Tensor | npt.NDArray[Any]
 Fixations = Maps | Sequence[Tensor]
 
-CHUNK_PIXELS_CPU: Final = 2**19
+CHUNK_PIXELS_CPU: Final = 2**18
 """Pixels that are scored together on a CPU: what its caches hold."""
 CHUNK_PIXELS: Final = 2**24
 """Pixels that are scored together elsewhere."""
@@ -72,11 +71,11 @@ class ScoredFrames:
                 whole=self,
             )
 
-    @cached_property
+    @computed_once
     def prediction(self) -> MapStatistics:
         return self._resize(self._given_prediction, self.predictions)
 
-    @cached_property
+    @computed_once
     def density(self) -> MapStatistics:
         assert self.densities is not None
         return self._read("densities", self.densities)
@@ -85,7 +84,7 @@ class ScoredFrames:
     def has_one_baseline(self) -> bool:
         return self.baselines is not None and len(self.baselines) == 1
 
-    @cached_property
+    @computed_once
     def baseline(self) -> MapStatistics | None:
         if self.baselines is None:
             return None
@@ -93,12 +92,12 @@ class ScoredFrames:
             return self.whole.baseline
         return self._resize(self._read("baselines", self.baselines), self.baselines)
 
-    @cached_property
+    @computed_once
     def ranks(self) -> RankedPixels:
         assert self.fixations is not None
         return RankedPixels(self.prediction, self.fixations)
 
-    @cached_property
+    @computed_once
     def _given_prediction(self) -> MapStatistics:
         return self._read("predictions", self.predictions)
 
@@ -199,9 +198,10 @@ def gather_frames(
         ValueError: If shapes do not fit together.
     """
     predicted = to_tensor(predictions)
-    if predicted.ndim != 3:
+    if predicted.ndim != 3 or not predicted.numel():
         raise ValueError(
-            f"predictions must be (frame, height, width), got {tuple(predicted.shape)}"
+            "predictions must be (frame, height, width), none of them 0, got "
+            f"{tuple(predicted.shape)}"
         )
     device = predicted.device
     truth = {"densities": densities, "fixations": fixations, "others": others}
