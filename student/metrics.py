@@ -22,6 +22,7 @@ from torch import Tensor
 
 from student.protocols import (
     MEASURES,
+    ON_DENSITIES,
     PROTOCOLS,
     Denominator,
     Grid,
@@ -132,7 +133,8 @@ def score_batch(
     """Score predictions for a batch of frames.
 
     Args:
-        predictions: Saliency maps, ``(B, h, w)``; on their device the work is done.
+        predictions: Saliency maps, ``(B, h, w)``; the work is done on their device, on a CPU by
+            as many threads as PyTorch may use.
         densities: Ground truth as continuous maps, ``(B, H, W)``.
         fixations: Ground truth as fixations.
         others: Fixations of other videos, for shuffled AUC.
@@ -156,7 +158,13 @@ def score_batch(
     if unknown := set(measures) - set(MEASURES):
         raise ValueError(f"no measure {min(unknown)!r}; there are {', '.join(MEASURES)}")
     frames = gather_frames(
-        predictions, densities, fixations, others, baselines, size=size, protocol=protocol
+        predictions,
+        densities,
+        fixations if set(measures) - ON_DENSITIES else None,
+        others if "auc_shuffled" in measures else None,
+        baselines if "ig" in measures else None,
+        size=size,
+        protocol=protocol,
     )
     wanted = [measure for measure in MEASURES if measure in measures]
     chunks = _score_chunks(list(frames.chunks()), wanted)

@@ -369,6 +369,15 @@ def test_points_are_as_good_as_masks() -> None:
     torch.testing.assert_close(alone["nss"], expected["nss"], rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_batch_may_be_part_of_a_larger_one() -> None:
+    batch = random_batch(9)
+    whole = score_batch(*batch)
+    predictions, densities, fixations, others, baselines = (values[1:] for values in batch)
+    part = score_batch(predictions, densities, fixations, others, baselines)
+    for measure, values in part.items():
+        torch.testing.assert_close(values, whole[measure][1:], rtol=0, atol=0, equal_nan=True)
+
+
 def test_ground_truth_of_points_has_the_size_that_is_said() -> None:
     predictions, _, fixations, _, _ = random_batch(3)
     small = predictions[:, ::2, ::2]
