@@ -44,7 +44,12 @@ class RankedPixels:
         """For each bin the pixels in higher ones, ``(B * bins,)``, candidates left out; these."""
         unit = self.maps.unit
         frames, size = unit.shape
-        bins = (unit * BINS).to(torch.int32).add_(self._starts.int()).flatten()
+        bins = (
+            torch.mul(unit, BINS, out=self.maps.scratch)
+            .to(torch.int32)
+            .add_(self._starts.int())
+            .flatten()
+        )
         fixated = self.fixations.read(unit, padding=1.0)
         places = torch.cat([fixated, self.grid[1:].expand(frames, -1)], 1)
         marked = torch.zeros(frames * (BINS + 1), dtype=torch.bool, device=unit.device)

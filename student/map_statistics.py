@@ -86,6 +86,11 @@ class MapStatistics:
         norm: Tensor = torch.linalg.vector_norm(self.unit, dim=1, keepdim=True)
         return norm.square() / self.unit.shape[1] - self.unit_mean.square()
 
+    @computed_once
+    def scratch(self) -> Tensor:
+        """Memory for results in between, ``(B, N)``: new memory takes longer than arithmetic."""
+        return torch.empty_like(self.values)
+
     def repaired(self) -> MapStatistics:
         """Return densities: negative maps raised to a minimum of 0, then zero maps made uniform."""
         raised = self.values - self.lowest.clamp(max=0.0)

@@ -48,7 +48,8 @@ def similarity(
             prediction, density = prediction.repaired(), density.repaired()
         scaled = prediction.values * (density.total / prediction.total)
         return torch.minimum(scaled, density.values, out=scaled).sum(1) / density.total[:, 0]
-    scaled = prediction.unit * (density.unit_total / prediction.unit_total)
+    ratio = density.unit_total / prediction.unit_total
+    scaled = torch.mul(prediction.unit, ratio, out=prediction.scratch)
     lesser = torch.minimum(scaled, density.unit, out=scaled).sum(1)
     score = lesser / density.unit_total[:, 0]
     score = score.masked_fill(prediction.zero | density.zero, of_zero)
@@ -68,7 +69,8 @@ def divergence(
         prediction, density = prediction.repaired(), density.repaired()
     predicted = prediction.total.masked_fill(prediction.zero[:, None], 1.0)
     total = density.total.masked_fill(density.zero[:, None], 1.0)
-    ratio = (prediction.values * (total / predicted)).add_(epsilon * total)
+    ratio = torch.mul(prediction.values, total / predicted, out=prediction.scratch)
+    ratio.add_(epsilon * total)
     torch.div(density.values, ratio, out=ratio)
     return _dot(density.values, ratio.add_(epsilon).log_()) / total[:, 0]
 
