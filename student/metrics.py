@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -185,7 +186,8 @@ def _score_chunks(
 
     @torch.no_grad()
     def score_chunk(chunk: ScoredFrames) -> list[Tensor]:
-        return [chunk.score(measure) for measure in measures]
+        own = replace(chunk)  # whose statistics are forgotten afterwards
+        return [own.score(measure) for measure in measures]
 
     threads = min(torch.get_num_threads(), len(chunks))
     if threads < 2 or not chunks[0].predictions.is_cpu:
