@@ -1,6 +1,6 @@
 """What it costs to score predictions: plain formulas against the batched measures.
 
-Run: python benchmarks/metrics.py [--threads 2] [--device cpu] [--batch 16] [--each]
+Run: python benchmarks/metrics.py [--threads 2] [--device cpu] [--batch 16] [--each] [--cpu-time]
 """
 
 from __future__ import annotations
@@ -81,16 +81,22 @@ def _mask(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return flat.scatter_(1, pixels, torch.ones_like(pixels, dtype=torch.bool)).view(-1, *size)
 
 
-def take_turns(forms: Sequence[Callable[[], object]], *, rounds: int, frames: int) -> list[float]:
+def take_turns(
+    forms: Sequence[Callable[[], object]],
+    *,
+    rounds: int,
+    frames: int,
+    clock: Callable[[], float],
+) -> list[float]:
     """Return the median milliseconds per frame of each form."""
     seconds: list[list[float]] = [[] for _ in forms]
     for form in forms:
         form()
     for _ in range(rounds):
         for form, times in zip(forms, seconds, strict=True):
-            began = time.perf_counter()
+            began = clock()
             form()
-            times.append(time.perf_counter() - began)
+            times.append(clock() - began)
     return [statistics.median(times) / frames * 1000 for times in seconds]
 
 
@@ -103,7 +109,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--keep-memory", action="store_true", help="let the process keep memory")
     parser.add_argument("--each", action="store_true", help="also time every measure by itself")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of the process, where others disturb the clock"
+    )
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(options.threads)
     if options.keep_memory:
         keep_freed_memory()
@@ -124,7 +134,7 @@ def main() -> None:
             partial(frames.score, points=True),
             partial(frames.score, points=True, small=True),
         ]
-        plain, *others = take_turns(forms, rounds=options.rounds, frames=options.batch)
+        plain, *others = take_turns(forms, rounds=options.rounds, frames=options.batch, clock=clock)
         cells = " | ".join(f"{ms:.2f} ({plain / ms:.1f})" for ms in others)
         print(f"| {size[0]}x{size[1]} | {plain:.2f} | {cells} |")
         for measure in MEASURES if options.each else ():
@@ -132,6 +142,7 @@ def main() -> None:
                 [partial(frames.score, points=True, measures=[measure])],
                 rounds=options.rounds,
                 frames=options.batch,
+                clock=clock,
             )
             print(f"  {measure}: {ms:.2f}")
 

@@ -28,7 +28,7 @@ from stores.datasets import (
 )
 from stores.errors import DatasetError, GroundTruthError, VideoError
 from stores.ground_truth import GroundTruth, LabelCensus
-from stores.images import list_images
+from stores.images import list_images, read_size
 from stores.probing import Probe, ProbeFailure, probe_videos
 from stores.progress import Progress
 from stores.videos import VideoFile, VideoRecord
@@ -55,6 +55,8 @@ class CatalogueVideo:
     labels: LabelFolders = NO_LABELS
     dropped: tuple[str, ...] = ()
     """Names of images that cannot be decoded, and so are no frames."""
+    uneven: tuple[str, ...] = ()
+    """Names of images of another size than the first, to which they are scaled."""
     census: LabelCensus = NO_CENSUS
 
     @property
@@ -138,11 +140,15 @@ class Catalogue:
         found = list(self.problems)
         found += [f"{bad.id}: {bad.reason}" for bad in self.bad]
         for video in self.videos:
+            if video.uneven:
+                found.append(
+                    f"{video.record.id}: {len(video.uneven)} images are of another size than the "
+                    f"first: {_some(video.uneven)}"
+                )
             if video.dropped:
-                names = ", ".join(video.dropped[:3]) + (", ..." if len(video.dropped) > 3 else "")
                 found.append(
                     f"{video.record.id}: {len(video.dropped)} images cannot be decoded and are "
-                    f"left out: {names}"
+                    f"left out: {_some(video.dropped)}"
                 )
             found += [f"{video.record.id}: {problem}" for problem in video.census.problems]
         return found
@@ -325,17 +331,32 @@ def _look_at(
 def _look_at_one(video: DatasetVideo, probe: Probe) -> CatalogueVideo | ProbeFailure:
     record = probe.record
     dropped: tuple[str, ...] = ()
+    names: list[str] = []
     try:
         if record.absolute.is_dir() and probe.index is not None:
             names = list_images(record.absolute)
             kept = set(probe.index.timestamps.tolist())
             dropped = tuple(name for rank, name in enumerate(names) if rank not in kept)
         found = CatalogueVideo(
-            record=record, splits=video.splits, labels=video.labels, dropped=dropped
+            record=record,
+            splits=video.splits,
+            labels=video.labels,
+            dropped=dropped,
+            uneven=_uneven(record, names, set(dropped)),
         )
         return replace(found, census=_count_labels(found)) if video.labels else found
     except VideoError as error:
         return ProbeFailure(video.file, str(error))
+
+
+def _uneven(record: VideoRecord, names: Sequence[str], dropped: set[str]) -> tuple[str, ...]:
+    size = (record.height, record.width)
+    kept = [name for name in names if name not in dropped]
+    return tuple(name for name in kept if read_size(record.absolute / name) != size)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _count_labels(video: CatalogueVideo) -> LabelCensus:
@@ -373,7 +394,8 @@ def _video_to_json(video: CatalogueVideo) -> dict[str, Any]:
     record = {**asdict(video.record), "content_hash": video.record.content_hash.hex()}
     del record["root"]
     labels = {key: value for key, value in asdict(video.labels).items() if value}
-    line = {**record, "splits": video.splits, "labels": labels, "dropped": video.dropped}
+    line = {**record, "splits": video.splits, "labels": labels}
+    line |= {"dropped": video.dropped, "uneven": video.uneven}
     return {**line, "census": asdict(video.census)}
 
 
@@ -397,6 +419,7 @@ def _video_from_json(item: Mapping[str, Any], root: Path) -> CatalogueVideo:
         splits=_checked_texts(item["splits"]),
         labels=LabelFolders(**labels),
         dropped=_checked_texts(item["dropped"]),
+        uneven=_checked_texts(item["uneven"]),
         census=LabelCensus(**counts, problems=problems),
     )
 

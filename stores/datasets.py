@@ -122,7 +122,7 @@ def find_dataset(root: Path, kind: Kind | None = None) -> Dataset:
     """Look at a folder and find out which data set it is and what videos it has.
 
     Args:
-        root: The folder; folders that hold nothing but one other may lie around the data set.
+        root: The folder; folders that hold no video and one folder may lie around the data set.
         kind: Which data set; recognised if not given.
 
     Raises:
@@ -141,7 +141,7 @@ def find_dataset(root: Path, kind: Kind | None = None) -> Dataset:
                 _tell_strangers(dataset, tree)
                 _order(dataset)
                 return dataset
-        if len(tree.folders()) != 1 or tree.files():
+        if len(tree.folders()) != 1 or any(map(_is_media, tree.files())):
             break
         inner = inner / tree.folders()[0]
     if kind not in (None, "plain"):
@@ -449,6 +449,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_video(name: str) -> bool:
     return name.lower().endswith(VIDEO_SUFFIXES)
+
+
+def _is_media(name: str) -> bool:
+    return name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
 
 
 def _is_image(name: str) -> bool:

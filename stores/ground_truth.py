@@ -158,7 +158,7 @@ class GroundTruth:
         path = self._fixations.get(frame)
         if path is not None:
             is_mat = path.suffix.lower() == MAT_SUFFIX
-            fixations = _read_mat(path) if is_mat else _read_gray(path) > 0
+            fixations = _read_mat(path) if is_mat else _read_fixation_image(path)
             self._check_sizes(frame, {path: fixations.shape})
             return fixations
         points = self.read_points(frame)
@@ -382,9 +382,16 @@ def _read_gray(path: Path) -> GrayImage:
         raise GroundTruthError(str(error)) from error
 
 
+def _read_fixation_image(path: Path) -> FixationMap:
+    # JPEG rings around each fixation; everywhere else what is positive is one.
+    least = 127 if path.suffix.lower() in (".jpg", ".jpeg") else 0
+    return _read_gray(path) > least
+
+
 def _read_mat(path: Path) -> FixationMap:
     """Read the variable ``I`` of a MATLAB file; nothing in it is run."""
     from scipy.io import loadmat
+    from scipy.sparse import issparse
 
     _check_regular(path)
     try:
@@ -396,6 +403,8 @@ def _read_mat(path: Path) -> FixationMap:
     except Exception as error:  # a damaged file makes the parser fail in any way
         raise GroundTruthError(f"cannot read {path}: {error}; is it damaged?") from error
     values = content.get(MAT_VARIABLE)
+    if issparse(values) and values is not None and math.prod(values.shape) <= MAX_PIXELS:
+        values = values.toarray()
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "buif":
         raise GroundTruthError(f"{path} has no map in a variable {MAT_VARIABLE!r}")
     return np.asarray(values > 0)

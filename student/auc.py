@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from student.map_statistics import MapStatistics
+from student.map_statistics import MapStatistics, computed_once
 from student.pixel_sets import PixelSets, find_true
 from student.protocols import Denominator, Grid, Ties
 
@@ -40,12 +39,17 @@ class RankedPixels:
         self.grid = torch.arange(STEPS + 1, dtype=torch.float64, device=device) / STEPS
         self._starts = torch.arange(frames, device=device)[:, None] * (BINS + 1)
 
-    @cached_property
+    @computed_once
     def _counts(self) -> tuple[Tensor, PixelSets]:
         """For each bin the pixels in higher ones, ``(B * bins,)``, candidates left out; these."""
         unit = self.maps.unit
         frames, size = unit.shape
-        bins = (unit * BINS).to(torch.int32).add_(self._starts.int()).flatten()
+        bins = (
+            torch.mul(unit, BINS, out=self.maps.scratch)
+            .to(torch.int32)
+            .add_(self._starts.int())
+            .flatten()
+        )
         fixated = self.fixations.read(unit, padding=1.0)
         places = torch.cat([fixated, self.grid[1:].expand(frames, -1)], 1)
         marked = torch.zeros(frames * (BINS + 1), dtype=torch.bool, device=unit.device)
@@ -56,7 +60,7 @@ class RankedPixels:
         candidates = find_true(marked.index_select(0, bins))
         return higher, PixelSets.from_flat(candidates, frames, size)
 
-    @cached_property
+    @computed_once
     def share_of_fixations(self) -> Tensor:
         """Which share of the fixations reaches each threshold of the grid, ``(B, STEPS + 1)``."""
         return self.share_at_least(self.fixations)

@@ -47,9 +47,11 @@ def similarity(
         if repair:
             prediction, density = prediction.repaired(), density.repaired()
         scaled = prediction.values * (density.total / prediction.total)
-        return _sum_of_lesser(scaled, density.values) / density.total[:, 0]
-    scaled = prediction.unit * (density.unit_total / prediction.unit_total)
-    score = _sum_of_lesser(scaled, density.unit) / density.unit_total[:, 0]
+        return torch.minimum(scaled, density.values, out=scaled).sum(1) / density.total[:, 0]
+    ratio = density.unit_total / prediction.unit_total
+    scaled = torch.mul(prediction.unit, ratio, out=prediction.scratch)
+    lesser = torch.minimum(scaled, density.unit, out=scaled).sum(1)
+    score = lesser / density.unit_total[:, 0]
     score = score.masked_fill(prediction.zero | density.zero, of_zero)
     constant = (prediction.constant & ~prediction.zero) | (density.constant & ~density.zero)
     return score.masked_fill(constant, torch.nan)
@@ -67,7 +69,8 @@ def divergence(
         prediction, density = prediction.repaired(), density.repaired()
     predicted = prediction.total.masked_fill(prediction.zero[:, None], 1.0)
     total = density.total.masked_fill(density.zero[:, None], 1.0)
-    ratio = (prediction.values * (total / predicted)).add_(epsilon * total)
+    ratio = torch.mul(prediction.values, total / predicted, out=prediction.scratch)
+    ratio.add_(epsilon * total)
     torch.div(density.values, ratio, out=ratio)
     return _dot(density.values, ratio.add_(epsilon).log_()) / total[:, 0]
 
@@ -97,10 +100,6 @@ def _log_densities(
         maps = maps.repaired()
     total = maps.total + TINY * maps.values.shape[1]
     return ((fixations.read(maps.values, padding=1.0) + TINY) / total).log2()
-
-
-def _sum_of_lesser(first: Tensor, second: Tensor) -> Tensor:
-    return torch.minimum(first, second).sum(1)
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ and raise ValueError where shapes do not fit together or maps are not finite.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from student.protocols import (
     MEASURES,
+    ON_DENSITIES,
     PROTOCOLS,
     Denominator,
     Grid,
@@ -29,7 +32,7 @@ from student.protocols import (
     Protocol,
     Ties,
 )
-from student.scored_frames import Fixations, Maps, gather_frames, to_tensor
+from student.scored_frames import Fixations, Maps, ScoredFrames, gather_frames, to_tensor
 
 __all__ = [
     "MEASURES",
@@ -131,7 +134,8 @@ def score_batch(
     """Score predictions for a batch of frames.
 
     Args:
-        predictions: Saliency maps, ``(B, h, w)``; on their device the work is done.
+        predictions: Saliency maps, ``(B, h, w)``; the work is done on their device, on a CPU by
+            as many threads as PyTorch may use.
         densities: Ground truth as continuous maps, ``(B, H, W)``.
         fixations: Ground truth as fixations.
         others: Fixations of other videos, for shuffled AUC.
@@ -155,11 +159,45 @@ def score_batch(
     if unknown := set(measures) - set(MEASURES):
         raise ValueError(f"no measure {min(unknown)!r}; there are {', '.join(MEASURES)}")
     frames = gather_frames(
-        predictions, densities, fixations, others, baselines, size=size, protocol=protocol
+        predictions,
+        densities,
+        fixations if set(measures) - ON_DENSITIES else None,
+        others if "auc_shuffled" in measures else None,
+        baselines if "ig" in measures else None,
+        size=size,
+        protocol=protocol,
     )
     wanted = [measure for measure in MEASURES if measure in measures]
-    chunks = [[chunk.score(measure) for measure in wanted] for chunk in frames.chunks()]
-    return {measure: torch.cat(scores) for measure, *scores in zip(wanted, *chunks, strict=True)}
+    chunks = _score_chunks(list(frames.chunks()), wanted)
+    return {
+        measure: torch.cat([scores[index] for scores in chunks])
+        for index, measure in enumerate(wanted)
+    }
+
+
+def _score_chunks(
+    chunks: Sequence[ScoredFrames], measures: Sequence[Measure]
+) -> list[list[Tensor]]:
+    """Score chunks of frames, on a CPU several at a time.
+
+    Each has a thread of its own. PyTorch's threads would wait for each other after every operation,
+    and take many times as long where other programs are busy on the same cores.
+    """
+
+    @torch.no_grad()
+    def score_chunk(chunk: ScoredFrames) -> list[Tensor]:
+        own = replace(chunk)  # whose statistics are forgotten afterwards
+        return [own.score(measure) for measure in measures]
+
+    threads = min(torch.get_num_threads(), len(chunks))
+    if threads < 2 or not chunks[0].predictions.is_cpu:
+        return [score_chunk(chunk) for chunk in chunks]
+    of_the_process = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "score", torch.set_num_threads, (1,)) as pool:
+            return list(pool.map(score_chunk, chunks))
+    finally:
+        torch.set_num_threads(of_the_process)  # part of it is not a thread's own
 
 
 def auc_judd(

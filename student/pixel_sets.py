@@ -92,7 +92,7 @@ def find_true(flags: Tensor) -> Tensor:
 
     Eight flags are looked at together: PyTorch's own search takes as long as all else here.
     """
-    if len(flags) % 8:
+    if len(flags) % 8 or flags.storage_offset() % 8:
         return flags.nonzero()[:, 0]
     eights = flags.view(torch.int64)
     places = eights.nonzero()[:, 0]

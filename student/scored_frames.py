@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from student.auc import RankedPixels, borji_auc, judd_auc, shuffled_auc
 from student.imresize import resize_maps
-from student.map_statistics import MapStatistics
+from student.map_statistics import MapStatistics, computed_once
 from student.measures import (
     divergence,
     information_gain,
@@ -30,7 +29,7 @@ Maps = Tensor | npt.NDArray[Any]
 Fixations = Maps | Sequence[Tensor]
 
 CHUNK_PIXELS_CPU: Final = 2**19
-"""Pixels that are scored together on a CPU: what its caches hold."""
+"""Pixels that a CPU scores together: more do not stay in its caches."""
 CHUNK_PIXELS: Final = 2**24
 """Pixels that are scored together elsewhere."""
 
@@ -43,8 +42,9 @@ class ScoredFrames:
     """``(B, h, w)``, any real type."""
     densities: Tensor | None
     """``(B, H, W)``."""
-    fixations: PixelSets | None
-    others: PixelSets | None
+    fixations: PixelSets | Tensor | None
+    """As sets, or as masks ``(B, H, W)``."""
+    others: PixelSets | Tensor | None
     baselines: Tensor | None
     """``(B, H, W)``, or ``(1, H, W)`` for all frames."""
     size: tuple[int, int]
@@ -72,11 +72,11 @@ class ScoredFrames:
                 whole=self,
             )
 
-    @cached_property
+    @computed_once
     def prediction(self) -> MapStatistics:
         return self._resize(self._given_prediction, self.predictions)
 
-    @cached_property
+    @computed_once
     def density(self) -> MapStatistics:
         assert self.densities is not None
         return self._read("densities", self.densities)
@@ -85,7 +85,7 @@ class ScoredFrames:
     def has_one_baseline(self) -> bool:
         return self.baselines is not None and len(self.baselines) == 1
 
-    @cached_property
+    @computed_once
     def baseline(self) -> MapStatistics | None:
         if self.baselines is None:
             return None
@@ -93,12 +93,16 @@ class ScoredFrames:
             return self.whole.baseline
         return self._resize(self._read("baselines", self.baselines), self.baselines)
 
-    @cached_property
-    def ranks(self) -> RankedPixels:
+    @computed_once
+    def fixated(self) -> PixelSets:
         assert self.fixations is not None
-        return RankedPixels(self.prediction, self.fixations)
+        return _as_sets(self.fixations)
 
-    @cached_property
+    @computed_once
+    def ranks(self) -> RankedPixels:
+        return RankedPixels(self.prediction, self.fixated)
+
+    @computed_once
     def _given_prediction(self) -> MapStatistics:
         return self._read("predictions", self.predictions)
 
@@ -112,7 +116,7 @@ class ScoredFrames:
             if self.densities is not None:
                 return self._score_on_density(measure)
         elif self.fixations is not None and (measure != "auc_shuffled" or self.others is not None):
-            return self._score_at_fixations(measure, self.fixations)
+            return self._score_at_fixations(measure)
         return torch.full(
             (len(self.predictions),), torch.nan, dtype=torch.float64, device=self.predictions.device
         )
@@ -137,7 +141,7 @@ class ScoredFrames:
             self.prediction, self.density, epsilon=rules.kld_epsilon, repair=rules.repair
         )
 
-    def _score_at_fixations(self, measure: Measure, fixations: PixelSets) -> Tensor:
+    def _score_at_fixations(self, measure: Measure) -> Tensor:
         rules = self.protocol
         if measure == "auc_judd":
             return judd_auc(self.ranks, ties=rules.ties, seed=rules.seed)
@@ -147,7 +151,7 @@ class ScoredFrames:
             assert self.others is not None
             return shuffled_auc(
                 self.ranks,
-                self.others,
+                _as_sets(self.others),
                 grid=rules.grid,
                 splits=rules.splits,
                 seed=rules.seed,
@@ -155,13 +159,13 @@ class ScoredFrames:
             )
         if measure == "nss":
             return normalised_scanpath_saliency(
-                self.prediction, fixations, ddof=rules.ddof, constant_score=rules.constant_score
+                self.prediction, self.fixated, ddof=rules.ddof, constant_score=rules.constant_score
             )
         if rules.ig_normalise == "density" and not rules.repair:
             _warn_of_negative("IG", predictions=self._given_prediction, baselines=self.baseline)
         return information_gain(
             self.prediction,
-            fixations,
+            self.fixated,
             self.baseline,
             normalise=rules.ig_normalise,
             repair=rules.repair,
@@ -199,13 +203,14 @@ def gather_frames(
         ValueError: If shapes do not fit together.
     """
     predicted = to_tensor(predictions)
-    if predicted.ndim != 3:
+    if predicted.ndim != 3 or not predicted.numel():
         raise ValueError(
-            f"predictions must be (frame, height, width), got {tuple(predicted.shape)}"
+            "predictions must be (frame, height, width), none of them 0, got "
+            f"{tuple(predicted.shape)}"
         )
     device = predicted.device
     truth = {"densities": densities, "fixations": fixations, "others": others}
-    sets: dict[str, PixelSets | None] = dict.fromkeys(truth)
+    sets: dict[str, PixelSets | Tensor | None] = dict.fromkeys(truth)
     planes: dict[str, Tensor] = {}
     for name, given in truth.items():
         if given is not None and len(given) != len(predicted):
@@ -222,7 +227,7 @@ def gather_frames(
     for name in ("fixations", "others"):
         points = truth[name]
         if name in planes:
-            sets[name] = PixelSets.from_masks(planes[name])
+            sets[name] = planes[name]
         elif points is not None:
             sets[name] = PixelSets.from_points(list(points), *size, device=device)
     if baselines is not None:
@@ -268,6 +273,10 @@ def to_tensor(values: Maps) -> Tensor:
     if values.is_complex():
         raise ValueError(f"maps must be of real numbers, got {values.dtype}")
     return values
+
+
+def _as_sets(fixations: PixelSets | Tensor) -> PixelSets:
+    return PixelSets.from_masks(fixations) if isinstance(fixations, Tensor) else fixations
 
 
 def _height_and_width(maps: Tensor) -> tuple[int, int]:

@@ -149,15 +149,14 @@ class ScoredSet:
         if not video.labels:
             return
         id_ = video.record.id
-        if video.dropped and not self.settings.skip_bad:
-            raise DatasetError(
-                f"{video.record.absolute / video.dropped[0]} cannot be decoded; leave it out with "
-                "--skip-bad"
-            )
-        self.left_out += [
-            Skipped(id_, None, f"{name} cannot be decoded, and is no frame")
-            for name in video.dropped
-        ]
+        odd = {name: "cannot be decoded, and is no frame" for name in video.dropped}
+        odd |= dict.fromkeys(video.uneven, "has another size than the other frames")
+        for name, what in odd.items():
+            if not self.settings.skip_bad:
+                raise DatasetError(
+                    f"{video.record.absolute / name} {what}; leave it out with --skip-bad"
+                )
+            self.left_out.append(Skipped(id_, None, f"{name} {what}"))
         for problem in video.census.problems:
             log.warning("%s: %s", id_, problem)
         try:
@@ -171,7 +170,7 @@ class ScoredSet:
         self.truths.append(truth)
 
     def _choose_frames(self) -> list[list[int]]:
-        frames = [truth.frames for truth in self.truths]
+        frames = list(map(_scorable, self.videos, self.truths))
         total = sum(map(len, frames))
         if self.settings.max_frames is None or self.settings.max_frames >= total:
             return frames
@@ -260,6 +259,15 @@ class ScoredSet:
         if "ig" in self.settings.measures:
             values["prior"] = self.prior.digest
         return {**values, **self.settings.identity}
+
+
+def _scorable(video: CatalogueVideo, truth: GroundTruth) -> list[int]:
+    """Return the frames with recorded eyes, less those that are scaled to another size."""
+    if not video.uneven:
+        return truth.frames
+    names = video.frame_names() or []
+    uneven = {frame for frame, name in enumerate(names) if name in set(video.uneven)}
+    return [frame for frame in truth.frames if frame not in uneven]
 
 
 def _digest(fixations: Sequence[VideoFixations]) -> str:

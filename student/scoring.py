@@ -195,7 +195,12 @@ class VideoScorer:
             measures=settings.measures,
             size=self._size,
         )
-        return {measure: scores[measure].cpu().numpy() for measure in settings.measures}
+        found = {measure: scores[measure].cpu().numpy() for measure in settings.measures}
+        if densities is not None:  # a map of no eye at all says nothing about distributions
+            is_black = ~densities.flatten(1).any(1).cpu().numpy()
+            for measure in ON_DENSITIES & found.keys():
+                found[measure] = np.where(is_black, np.nan, found[measure])
+        return found
 
     def _score_observers(self, frame: int) -> Scores:
         """Score for each observer the map that the others' points make; return the mean."""

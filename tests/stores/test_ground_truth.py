@@ -301,7 +301,9 @@ def test_every_defect_of_the_broken_data_set_is_told(miniatures: Miniatures) -> 
     assert "1 of 49 maps belong to none of the 48 frames" in problems[601]
     for what in (BROKEN["map of another size"], "0602/fixation/0007.png", "45x80", "90x160"):
         assert what in problems[602]
-    with pytest.raises(GroundTruthError, match="differ in size"):
+    with pytest.raises(
+        GroundTruthError, match="0007.png is 45x80, and frame 6 of its video 90x160"
+    ):
         truths[602].read(6)
     assert [censuses[n].maps for n in truths] == [39, 59, 25, 48, 41]
     assert [censuses[n].labelled for n in truths] == [39, 59, 25, 48, 41]
@@ -498,3 +500,18 @@ def test_published_points_stay_inside() -> None:
 def test_points_outside_are_left_out() -> None:
     rows, columns = np.array([-1, 0, 6, 5, 2]), np.array([0, -1, 0, 7, 8])
     assert np.argwhere(fixation_map(rows, columns, 6, 8)).tolist() == [[5, 7]]
+
+
+def test_fixations_of_jpegs_and_sparse_matrices_are_as_many_as_there_were(tmp_path: Path) -> None:
+    from scipy.sparse import csc_matrix
+
+    points = np.zeros((60, 80), np.uint8)
+    points[[10, 30, 50], [70, 40, 5]] = 255
+    (tmp_path / "fixation").mkdir()
+    Image.fromarray(points).save(tmp_path / "fixation" / "0001.jpg", quality=95)
+    savemat(tmp_path / "fixation" / "0002.mat", {"I": csc_matrix(points // 255)})
+    truth = GroundTruth(tmp_path, LabelFolders(fixations="fixation"), frames=2, size=(60, 80))
+    for frame in range(2):
+        fixations = truth.read_fixations(frame)
+        assert fixations is not None
+        np.testing.assert_array_equal(np.argwhere(fixations), np.argwhere(points))

@@ -360,6 +360,20 @@ def test_other_observers_are_a_ceiling(miniatures: Miniatures, tmp_path: Path) -
     assert mean(report, "noise", "auc_judd") == pytest.approx(0.6, abs=0.15)
 
 
+def test_frames_that_nobody_looked_at_have_no_score(
+    miniatures: Miniatures, checkpoint: Path, tmp_path: Path
+) -> None:
+    """The first three frames of 002 have no fixation, and black maps."""
+    settings = EvaluateSettings(measures=("sim", "kld", "nss"), baselines=False, workers=2)
+    report = evaluate(
+        [open_source(str(checkpoint))], miniatures("dhf1k"), tmp_path, settings, split="train"
+    )
+    scores = report.scores[0]
+    assert sum(len(video.frames) for video in scores.videos) == 125
+    assert [scores.average(measure).frames for measure in settings.measures] == [122] * 3
+    assert "frames with a score" not in str(report)  # as all measures count the same
+
+
 def test_nothing_to_score_on_is_an_error(
     miniatures: Miniatures, maps: Path, tmp_path: Path
 ) -> None:
@@ -396,3 +410,20 @@ def test_the_command_says_what_it_found(
     code, output = tinyhd(checkpoint, *data[:2], "--out", tmp_path / "t", "--protocol", "tinyhd")
     assert code == 1
     assert "--through-png" in output
+
+
+def test_images_of_another_size_are_no_frames_to_score_on(
+    miniatures: Miniatures, checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(miniatures("ucf") / "testing", tmp_path / "ucf" / "testing")
+    folder = tmp_path / "ucf" / "testing" / "Run-Side-001" / "images"
+    odd = sorted(folder.iterdir())[3]
+    Image.new("RGB", (40, 40)).save(odd)
+    data, student = tmp_path / "ucf", open_source(str(checkpoint))
+    with pytest.raises(DatasetError, match=rf"{odd.name} has another size.*--skip-bad"):
+        evaluate([student], data, tmp_path / "scores", QUICK)
+    skipping = EvaluateSettings(**{**vars(QUICK), "skip_bad": True})
+    report = evaluate([student], data, tmp_path / "scores", skipping)
+    frames = {video.video: len(video.frames) for video in report.scores[0].videos}
+    assert frames == {"Kicking-Front-001": 18, "Run-Side-001": 23}
+    assert odd.name in report.skipped[0][1].reason

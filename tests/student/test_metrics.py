@@ -345,6 +345,18 @@ def test_a_batch_is_scored_as_its_frames(
     assert all(values.dtype == torch.float64 for values in found.values())
 
 
+def test_threads_change_neither_scores_nor_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("student.scored_frames.CHUNK_PIXELS_CPU", 99)
+    batch = random_batch(9)
+    torch.set_num_threads(3)
+    found = score_batch(*batch)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    torch.testing.assert_close(found, score_batch(*batch), rtol=0, atol=0, equal_nan=True)
+
+
 def test_points_are_as_good_as_masks() -> None:
     predictions, densities, fixations, others, baselines = random_batch(4)
     expected = score_batch(predictions, densities, fixations, others, baselines)
@@ -355,6 +367,15 @@ def test_points_are_as_good_as_masks() -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     alone = score_batch(predictions, None, points[0], measures=["nss"])
     torch.testing.assert_close(alone["nss"], expected["nss"], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_batch_may_be_part_of_a_larger_one() -> None:
+    batch = random_batch(9)
+    whole = score_batch(*batch)
+    predictions, densities, fixations, others, baselines = (values[1:] for values in batch)
+    part = score_batch(predictions, densities, fixations, others, baselines)
+    for measure, values in part.items():
+        torch.testing.assert_close(values, whole[measure][1:], rtol=0, atol=0, equal_nan=True)
 
 
 def test_ground_truth_of_points_has_the_size_that_is_said() -> None:
@@ -442,6 +463,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         score_batch(predictions, densities[:2], fixations)
     with pytest.raises(ValueError, match="predictions must be"):
         score_batch(predictions[0], densities, fixations)
+    with pytest.raises(ValueError, match="none of them 0"):
+        score_batch(predictions[:0], densities[:0], fixations[:0])
     with pytest.raises(ValueError, match="baselines must be one map"):
         score_batch(predictions, densities, fixations, others, densities[:2])
     with pytest.raises(ValueError, match="row and column"):
