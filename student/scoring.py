@@ -197,7 +197,7 @@ class VideoScorer:
         )
         found = {measure: scores[measure].cpu().numpy() for measure in settings.measures}
         if densities is not None:  # a map of no eye at all says nothing about distributions
-            is_black = ~densities.flatten(1).any(1).cpu().numpy()
+            is_black = (densities.flatten(1).amax(1) == 0).cpu().numpy()
             for measure in ON_DENSITIES & found.keys():
                 found[measure] = np.where(is_black, np.nan, found[measure])
         return found

@@ -301,9 +301,7 @@ def test_every_defect_of_the_broken_data_set_is_told(miniatures: Miniatures) -> 
     assert "1 of 49 maps belong to none of the 48 frames" in problems[601]
     for what in (BROKEN["map of another size"], "0602/fixation/0007.png", "45x80", "90x160"):
         assert what in problems[602]
-    with pytest.raises(
-        GroundTruthError, match="0007.png is 45x80, and frame 6 of its video 90x160"
-    ):
+    with pytest.raises(GroundTruthError, match=r"0007\.png is 45x80, and frame 6 .* 90x160"):
         truths[602].read(6)
     assert [censuses[n].maps for n in truths] == [39, 59, 25, 48, 41]
     assert [censuses[n].labelled for n in truths] == [39, 59, 25, 48, 41]
