@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stores.decode import decode_video
-from stores.errors import VideoError
-from stores.frames import resize_frames
 from stores.shards import FrameSet, LabelSet
 from stores.table import VideoRow
 from stores.targets import TargetStore
 from student.config import CLIP_FRAMES
+from student.footage import Footage
 
 
 class ClipKey(NamedTuple):
@@ -113,8 +110,8 @@ class ClipDataset(
 ):
     """Frames and targets of clips; the store is opened in the process that first reads.
 
-    Frames come from the store where it keeps them at the wanted size, else from the videos, which
-    are then decoded from their beginning for every clip.
+    Frames come from the store where it keeps them at the wanted size, else from the videos, of
+    which a group of pictures is then decoded for every clip.
 
     Args:
         store: Path or URL of the store.
@@ -134,7 +131,8 @@ class ClipDataset(
         videos_root: Path | None = None,
     ) -> None:
         self._path, self._name = store, labels
-        self._height, self._width, self._root = height, width, videos_root
+        self._height, self._width = height, width
+        self._footage = Footage(height=height, width=width, root=videos_root)
         self._opened: tuple[TargetStore, LabelSet, FrameSet | None] | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -146,40 +144,31 @@ class ClipDataset(
         _, labels, _ = self._open()
         return key, self._frames(key), labels.read(key.video, key.last, key.last + 1)
 
-    def check_frames(self, videos: Sequence[str]) -> bool:
-        """Return whether all frames are in the store, after making sure that they are somewhere.
+    def find_frames(self, videos: Sequence[str]) -> bool:
+        """Find out where the frames of videos are, once, before they are read.
+
+        Videos whose frames are not in the store are probed, or looked up in the cache of those that
+        were.
+
+        Returns:
+            Whether all frames are in the store.
 
         Raises:
-            VideoError: If a video has neither frames in the store nor a file.
+            VideoError: If a video has no frames in the store, and is gone or not the labelled one.
         """
         store, _, frames = self._open()
         decoded = [row for row in map(store.video, videos) if not _has_all(frames, row)]
-        for row in decoded:
-            if not self._path_of(row).is_file():
-                raise VideoError(
-                    f"{self._path_of(row)} is not there, and {self._path} keeps no frames of it at "
-                    f"{self._height}x{self._width}; say where videos lie with --videos-root, or "
-                    f"add frames with: tinyhd distill --with-frames {self._height}x{self._width}"
-                )
+        if decoded:
+            self._footage.find(decoded)
         return not decoded
 
     def _frames(self, key: ClipKey) -> npt.NDArray[np.uint8]:
         store, _, frames = self._open()
         row = store.video(key.video)
-        start, stop = key.last + 1 - CLIP_FRAMES, key.last + 1
+        span = range(key.last + 1 - CLIP_FRAMES, key.last + 1)
         if frames is not None and _has_all(frames, row):
-            return frames.read(key.video, start, stop)
-        decoded = islice(decode_video(self._path_of(row)), start, stop)
-        resized = [resize_frames(frame[None], self._height, self._width) for frame in decoded]
-        if len(resized) != CLIP_FRAMES:
-            raise VideoError(
-                f"{self._path_of(row)} ends before frame {stop}; it had {row.frames} frames when "
-                "it was labelled"
-            )
-        return np.concatenate(resized)
-
-    def _path_of(self, row: VideoRow) -> Path:
-        return (self._root or Path(row.root)) / row.path
+            return frames.read(key.video, span.start, span.stop)
+        return self._footage.read(row, span)
 
     def _open(self) -> tuple[TargetStore, LabelSet, FrameSet | None]:
         if self._opened is None:

@@ -152,7 +152,8 @@ def train(
         width=config.student.width,
         videos_root=videos_root,
     )
-    if not dataset.check_frames(sorted(split.training.keys() | split.validation.keys())):
+    _check_device(device)
+    if not dataset.find_frames(sorted(split.training.keys() | split.validation.keys())):
         log.warning(
             "frames are decoded from the videos for every clip; "
             "tinyhd distill --with-frames %dx%d would make training faster",
@@ -161,7 +162,6 @@ def train(
     validation = spread_clips(split.validation, per_video=config.validation_clips)
     if not validation:
         log.warning("no video has held-out frames for a clip: there is no validation")
-    _check_device(device)
     with RunDir.open(out, _identity(config, label_set, split)) as run:
         torch.manual_seed(config.seed)
         model = TinyHD(config.student).to(device)

@@ -74,14 +74,14 @@ def test_validation_clips_are_spread() -> None:
 def test_kept_frames_are_the_decoded_ones(labelled: Path, video_folder: Path) -> None:
     key = ClipKey("sub/middle", 30)
     dataset = ClipDataset(labelled, "pqft", height=32, width=32)
-    assert dataset.check_frames(["long", "sub/middle"])
+    assert dataset.find_frames(["long", "sub/middle"])
     _, kept, planes = dataset[key]
     decoded = list(decode_video(video_folder / "sub" / "middle.mp4"))[15:31]
     np.testing.assert_array_equal(kept, resize_frames(np.stack(decoded), 32, 32))
     assert planes["maps_32x32"].shape == (1, 1, 32, 32)
 
     elsewhere = ClipDataset(labelled, "pqft", height=48, width=64)
-    assert not elsewhere.check_frames(["sub/middle"])
+    assert not elsewhere.find_frames(["sub/middle"])
     np.testing.assert_array_equal(elsewhere[key][1], np.stack(decoded))
 
 
@@ -90,18 +90,18 @@ def test_videos_are_found_where_they_lie_now(
 ) -> None:
     shutil.copytree(video_folder, tmp_path / "moved")
     dataset = ClipDataset(labelled, "pqft", height=48, width=64, videos_root=tmp_path / "moved")
-    dataset.check_frames(["long"])
+    dataset.find_frames(["long"])
     assert dataset[ClipKey("long", 20)][1].shape == (16, 48, 64, 3)
     missing = ClipDataset(labelled, "pqft", height=48, width=64, videos_root=tmp_path)
     with pytest.raises(VideoError, match="--videos-root"):
-        missing.check_frames(["long"])
+        missing.find_frames(["long"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_same_with_any_number_of_workers(labelled: Path, workers: int) -> None:
     keys = [ClipKey("long", 15), ClipKey("short", 20), ClipKey("long", 60)]
     dataset = pickle.loads(pickle.dumps(ClipDataset(labelled, "pqft", height=32, width=32)))
-    dataset.check_frames(["long"])  # opens the store before workers start
+    dataset.find_frames(["long"])  # opens the store before workers start
     batches = list(load_batches(dataset, keys, batch_size=2, workers=workers))
     assert [batch.keys for batch in batches] == [keys[:2], keys[2:]]
     assert batches[0].frames.shape == (2, 16, 32, 32, 3)
