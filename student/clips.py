@@ -22,7 +22,7 @@ from stores.targets import TargetStore
 from student.config import CLIP_FRAMES
 from student.footage import Footage
 
-MAX_TRIES: Final = 20
+MAX_TRIES: Final = 10
 """Clips that are tried to be read for one that is wanted."""
 
 

@@ -80,7 +80,7 @@ class Footage:
         path, found, index = self.path_of(row), self._found.get(row.id), None
         if found is not None:
             if FileStamp.of(path) != found.stamp:
-                raise VideoError(f"{path} changed after training began")
+                raise VideoError(f"{path} changed after training began; bring back the old one")
             if found.packed is not None:
                 index = FrameIndex.unpack(found.packed, row.frames).part(span)
         try:

@@ -275,6 +275,17 @@ def test_too_many_bad_clips_stop_training_until_more_are_allowed(
 
 
 @pytest.mark.usefixtures("learns_nothing")
+def test_checkpoints_without_counts_are_continued(labelled: Path, tmp_path: Path) -> None:
+    config, last = replace(SMALL, epochs=1), tmp_path / "run" / "last.pt"
+    train(labelled, tmp_path / "run", config)
+    counts = ("clips", "bad_clips")
+    older = {name: value for name, value in read_checkpoint(last).items() if name not in counts}
+    torch.save(older, last)
+    state = train(labelled, tmp_path / "run", config)
+    assert (state.is_complete, state.clips, state.bad_clips) == (True, 0, 0)
+
+
+@pytest.mark.usefixtures("learns_nothing")
 def test_clips_to_validate_on_are_replaced_too(labelled: Path, tmp_path: Path) -> None:
     store = lose_targets(labelled, tmp_path / "damaged.zarr", 4)  # of the last frames
     state = train(store, tmp_path / "run", replace(SMALL, epochs=1, holdout=0.5))
