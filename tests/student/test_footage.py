@@ -72,13 +72,14 @@ def test_clips_are_those_of_decoding_all(
     footage = Footage(height=size[0], width=size[1])
     footage.find([row])
     footage = pickle.loads(pickle.dumps(footage))  # as loader workers get it
-    decoded.clear()
-    starts = [0, 1, 11, 12, 13, 40, 59, FRAMES - 16]
-    for start in starts:
+    late = [40, 59, 60, 61, 71, FRAMES - 16]
+    for start in [0, 1, 11, 12, 13, *late]:
+        if start == late[0]:
+            decoded.clear()
         clip = footage.read(row, range(start, start + 16))
         np.testing.assert_array_equal(clip, every[start : start + 16])
-    # A group of pictures more than the clip, or two where B-frames need the one before.
-    assert len(decoded) / len(starts) < (17 if name == "images" else 40)
+    # Some frames since a key frame, and the clip; from the beginning it would be 76 on average.
+    assert len(decoded) / len(late) < (17 if name == "images" else 30)
 
 
 @pytest.mark.parametrize("name", KINDS)
