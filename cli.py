@@ -300,6 +300,12 @@ def distill_command(
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights and clips.")
 @click.option(
+    "--max-bad-share",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    help="Share of clips that may be unreadable, and replaced, before training stops.",
+)
+@click.option(
     "--videos-root",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Where the videos lie now.  [default: where they were labelled]",
@@ -322,8 +328,8 @@ def train_command(
 ) -> None:
     """Train a student from the soft targets of a store.
 
-    A stopped run is continued exactly by the same command. Show the loss curve with:
-    tensorboard --logdir OUT
+    A stopped run is continued exactly by the same command. Clips that cannot be read are replaced
+    by others and counted. Show the loss curve with: tensorboard --logdir OUT
 
     \b
     Example:
@@ -352,6 +358,10 @@ def train_command(
         click.echo(f"stopped after step {state.step}; run the same command again to continue")
         sys.exit(EXIT_INTERRUPTED)
     click.echo(f"{out}: {state.step} steps done, weights in {out / 'last.pt'}")
+    if state.bad_clips:
+        click.echo(
+            f"  {state.bad_clips} of {state.clips} clips could not be read, and were replaced"
+        )
     if state.validation is not None:
         scores = state.validation
         click.echo(f"on held-out frames: KL {scores.kl:.4f}, CC {scores.cc:.4f} to the teacher")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stores.decode import decode_video
-from stores.errors import VideoError
-from stores.frames import resize_frames
+from stores.errors import TargetStoreError, TinyHDError, VideoError
 from stores.shards import FrameSet, LabelSet
 from stores.table import VideoRow
 from stores.targets import TargetStore
 from student.config import CLIP_FRAMES
+from student.footage import Footage
+
+MAX_TRIES: Final = 10
+"""Clips that are tried to be read for one that is wanted."""
+
+
+class ClipError(TinyHDError):
+    """A clip cannot be read, and nor can any that was drawn in its place."""
 
 
 class ClipKey(NamedTuple):
@@ -29,6 +35,15 @@ class ClipKey(NamedTuple):
 
     video: str
     last: int
+
+
+class BadClip(NamedTuple):
+    """A clip that could not be read."""
+
+    key: ClipKey
+    source: str
+    """The video whose frames cannot be had, or what of the store cannot be read."""
+    reason: str
 
 
 class Batch(NamedTuple):
@@ -39,6 +54,8 @@ class Batch(NamedTuple):
     """uint8 ``(B, 16, H, W, 3)`` RGB"""
     planes: dict[str, Tensor]
     """Native planes by array, each ``(B, map, y, x)``"""
+    bad: Sequence[BadClip] = ()
+    """Clips that others among ``keys`` take the place of."""
 
 
 Spans = Mapping[str, Sequence[range]]
@@ -51,6 +68,22 @@ class ClipSplit:
 
     training: Spans
     validation: Spans
+
+
+@dataclass(frozen=True)
+class Spares:
+    """Clips of which some take the place of others that cannot be read."""
+
+    spans: Spans
+    seed: int
+
+    def draw(self, key: ClipKey, attempt: int) -> ClipKey:
+        """Draw a clip in the place of another: always the same, whoever draws and whenever."""
+        video_number = zlib.crc32(key.video.encode())
+        rng = np.random.default_rng([self.seed, video_number, key.last, attempt])
+        video = list(self.spans)[rng.integers(len(self.spans))]
+        lasts = _lasts(self.spans[video])
+        return ClipKey(video, int(lasts[rng.integers(len(lasts))]))
 
 
 def split_clips(labels: LabelSet, *, holdout: float) -> ClipSplit:
@@ -91,7 +124,7 @@ def draw_clips(spans: Spans, *, per_video: int, seed: int, epoch: int) -> list[C
     """
     clips = []
     for index, (video, choices) in enumerate(spans.items()):
-        lasts = np.concatenate([np.arange(span.start, span.stop) for span in choices])
+        lasts = _lasts(choices)
         draws = np.random.default_rng([seed, epoch, index]).integers(len(lasts), size=per_video)
         clips += [ClipKey(video, int(lasts[draw])) for draw in draws]
     order = np.random.default_rng([seed, epoch, len(spans)]).permutation(len(clips))
@@ -102,19 +135,26 @@ def spread_clips(spans: Spans, *, per_video: int) -> list[ClipKey]:
     """Return clips at even distances over each video, for validation; fewer where there are."""
     clips = []
     for video, choices in spans.items():
-        lasts = np.concatenate([np.arange(span.start, span.stop) for span in choices])
+        lasts = _lasts(choices)
         picks = np.unique(np.linspace(0, len(lasts) - 1, per_video).astype(int))
         clips += [ClipKey(video, int(lasts[pick])) for pick in picks]
     return clips
 
 
-class ClipDataset(
-    Dataset[tuple[ClipKey, npt.NDArray[np.uint8], dict[str, npt.NDArray[np.float32]]]]
-):
+class Sample(NamedTuple):
+    """What is read of one clip."""
+
+    key: ClipKey
+    frames: npt.NDArray[np.uint8]
+    planes: dict[str, npt.NDArray[np.float32]]
+    bad: Sequence[BadClip] = ()
+
+
+class ClipDataset(Dataset[Sample]):
     """Frames and targets of clips; the store is opened in the process that first reads.
 
-    Frames come from the store where it keeps them at the wanted size, else from the videos, which
-    are then decoded from their beginning for every clip.
+    Frames come from the store where it keeps them at the wanted size, else from the videos, of
+    which a group of pictures is then decoded for every clip.
 
     Args:
         store: Path or URL of the store.
@@ -134,52 +174,61 @@ class ClipDataset(
         videos_root: Path | None = None,
     ) -> None:
         self._path, self._name = store, labels
-        self._height, self._width, self._root = height, width, videos_root
+        self._height, self._width = height, width
+        self._footage = Footage(height=height, width=width, root=videos_root)
         self._opened: tuple[TargetStore, LabelSet, FrameSet | None] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_opened": None}
 
-    def __getitem__(
-        self, key: ClipKey
-    ) -> tuple[ClipKey, npt.NDArray[np.uint8], dict[str, npt.NDArray[np.float32]]]:
+    def __getitem__(self, key: ClipKey) -> Sample:
         _, labels, _ = self._open()
-        return key, self._frames(key), labels.read(key.video, key.last, key.last + 1)
+        planes = labels.read(key.video, key.last, key.last + 1)
+        return Sample(key, self._frames(key), planes)
 
-    def check_frames(self, videos: Sequence[str]) -> bool:
-        """Return whether all frames are in the store, after making sure that they are somewhere.
+    def read_or_replace(self, key: ClipKey, spares: Spares) -> Sample | list[BadClip]:
+        """Return a clip, or another if it cannot be read; or, after some tries, what was tried."""
+        bad: list[BadClip] = []
+        wanted = key
+        while len(bad) < MAX_TRIES:
+            try:
+                return self[key]._replace(bad=bad)
+            except TargetStoreError as error:
+                bad.append(BadClip(key, self._source(key, error), str(error)))
+            key = spares.draw(wanted, len(bad))
+        return bad
+
+    def find_frames(self, videos: Sequence[str]) -> bool:
+        """Find out where the frames of videos are, once, before they are read.
+
+        Videos whose frames are not in the store are probed, or looked up in the cache of those that
+        were.
+
+        Returns:
+            Whether all frames are in the store.
 
         Raises:
-            VideoError: If a video has neither frames in the store nor a file.
+            VideoError: If a video has no frames in the store, and is gone or not the labelled one.
         """
         store, _, frames = self._open()
         decoded = [row for row in map(store.video, videos) if not _has_all(frames, row)]
-        for row in decoded:
-            if not self._path_of(row).is_file():
-                raise VideoError(
-                    f"{self._path_of(row)} is not there, and {self._path} keeps no frames of it at "
-                    f"{self._height}x{self._width}; say where videos lie with --videos-root, or "
-                    f"add frames with: tinyhd distill --with-frames {self._height}x{self._width}"
-                )
+        if decoded:
+            self._footage.find(decoded)
         return not decoded
 
     def _frames(self, key: ClipKey) -> npt.NDArray[np.uint8]:
         store, _, frames = self._open()
         row = store.video(key.video)
-        start, stop = key.last + 1 - CLIP_FRAMES, key.last + 1
+        span = range(key.last + 1 - CLIP_FRAMES, key.last + 1)
         if frames is not None and _has_all(frames, row):
-            return frames.read(key.video, start, stop)
-        decoded = islice(decode_video(self._path_of(row)), start, stop)
-        resized = [resize_frames(frame[None], self._height, self._width) for frame in decoded]
-        if len(resized) != CLIP_FRAMES:
-            raise VideoError(
-                f"{self._path_of(row)} ends before frame {stop}; it had {row.frames} frames when "
-                "it was labelled"
-            )
-        return np.concatenate(resized)
+            return frames.read(key.video, span.start, span.stop)
+        return self._footage.read(row, span)
 
-    def _path_of(self, row: VideoRow) -> Path:
-        return (self._root or Path(row.root)) / row.path
+    def _source(self, key: ClipKey, error: TargetStoreError) -> str:
+        if not isinstance(error, VideoError):
+            return str(error)
+        store, _, _ = self._open()
+        return str(self._footage.path_of(store.video(key.video)))
 
     def _open(self) -> tuple[TargetStore, LabelSet, FrameSet | None]:
         if self._opened is None:
@@ -189,21 +238,53 @@ class ClipDataset(
         return self._opened
 
 
+class _Replaced(Dataset[Sample | list[BadClip]]):
+    """Clips, or others in their place."""
+
+    def __init__(self, dataset: ClipDataset, spares: Spares) -> None:
+        self._dataset, self._spares = dataset, spares
+
+    def __getitem__(self, key: ClipKey) -> Sample | list[BadClip]:
+        return self._dataset.read_or_replace(key, self._spares)
+
+
 def load_batches(
-    dataset: ClipDataset, clips: Sequence[ClipKey], *, batch_size: int, workers: int = 0
+    dataset: ClipDataset,
+    clips: Sequence[ClipKey],
+    *,
+    batch_size: int,
+    workers: int = 0,
+    spares: Spares | None = None,
 ) -> Iterator[Batch]:
-    """Read clips in the given order, ``batch_size`` at a time; the last batch may be smaller."""
+    """Read clips in the given order, ``batch_size`` at a time; the last batch may be smaller.
+
+    Args:
+        dataset: Reads them.
+        clips: Which.
+        batch_size: How many at a time.
+        workers: Processes that read; 0 to read in this one.
+        spares: Take the place of clips that cannot be read, which are an error without.
+
+    Raises:
+        TargetStoreError: If a clip cannot be read and there are no spares.
+        ClipError: If a clip cannot be read, and nor can any that is drawn in its place.
+    """
     batches = [list(clips[i : i + batch_size]) for i in range(0, len(clips), batch_size)]
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=_collate,
-            multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=_leave_signals_to_parent if workers else None,
-        )
+    loader: DataLoader[Any] = DataLoader(
+        dataset if spares is None else _Replaced(dataset, spares),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_leave_signals_to_parent if workers else None,
     )
+    for batch in loader:
+        if not isinstance(batch, Batch):
+            raise ClipError(
+                f"{len(batch)} clips were tried one after the other, and none can be read; "
+                f"at last: {batch[-1].reason}"
+            )
+        yield batch
 
 
 def _leave_signals_to_parent(_: int) -> None:
@@ -211,15 +292,26 @@ def _leave_signals_to_parent(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate(
-    items: list[tuple[ClipKey, npt.NDArray[np.uint8], dict[str, npt.NDArray[np.float32]]]],
-) -> Batch:
-    keys, frames, planes = zip(*items, strict=True)
+def _collate(items: list[Sample | list[BadClip]]) -> Batch | list[BadClip]:
+    samples = []
+    for item in items:
+        if not isinstance(item, Sample):
+            return item
+        samples.append(item)
     stacked = {
-        name: torch.from_numpy(np.concatenate([item[name] for item in planes]))
-        for name in planes[0]
+        name: torch.from_numpy(np.concatenate([sample.planes[name] for sample in samples]))
+        for name in samples[0].planes
     }
-    return Batch(list(keys), torch.from_numpy(np.stack(frames)), stacked)
+    return Batch(
+        [sample.key for sample in samples],
+        torch.from_numpy(np.stack([sample.frames for sample in samples])),
+        stacked,
+        [bad for sample in samples for bad in sample.bad],
+    )
+
+
+def _lasts(spans: Sequence[range]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.arange(span.start, span.stop) for span in spans])
 
 
 def _has_all(frames: FrameSet | None, row: VideoRow) -> bool:

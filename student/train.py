@@ -28,8 +28,10 @@ from student.checkpoints import CheckpointError
 from student.clips import (
     Batch,
     ClipDataset,
+    ClipError,
     ClipKey,
     ClipSplit,
+    Spares,
     draw_clips,
     load_batches,
     split_clips,
@@ -44,6 +46,9 @@ log = logging.getLogger(__name__)
 
 MILESTONES: Final = (0.5, 0.75, 0.9)
 """Shares of all epochs after which the learning rate falls to a tenth (TinyHD: 100, 150, 180)."""
+
+FEW_BAD_CLIPS: Final = 5
+"""So many do not end training: at its beginning they would be a large share."""
 
 
 class TrainingError(TinyHDError):
@@ -72,11 +77,18 @@ class TrainConfig:
     validation_clips: int = 5
     """Clips of each video that are validated on after an epoch."""
     seed: int = 0
+    max_bad_share: float = 0.05
+    """Share of clips that may be unreadable, and replaced by others, before training stops.
+
+    A handful may be at any time, unless it is 0. It may be another when a run is continued.
+    """
 
     def __post_init__(self) -> None:
         for name in ("epochs", "clips_per_video", "batch_size", "validation_clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share must be from 0 to 1, got {self.max_bad_share}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.student.is_multi:
@@ -105,6 +117,10 @@ class TrainState:
     """Updates so far."""
     batch: int = 0
     """Batches of the epoch so far."""
+    clips: int = 0
+    """Clips read so far, or tried to read, in training and validation."""
+    bad_clips: int = 0
+    """Those of them that could not be read, and were replaced."""
     best_kl: float = float("inf")
     validation: Agreement | None = None
     """Of the last epoch that was validated."""
@@ -124,7 +140,8 @@ def train(
 ) -> TrainState:
     """Fit a student to a label set, continuing from ``out`` if it holds a checkpoint.
 
-    ``SIGINT`` and ``SIGTERM`` end training after the current step, with a checkpoint.
+    ``SIGINT`` and ``SIGTERM`` end training after the current step, with a checkpoint. A clip that
+    cannot be read is replaced by another, and counted.
 
     Args:
         store: Path or URL of the target store; it is only read.
@@ -140,7 +157,7 @@ def train(
         TargetStoreError: If the store, the label set or the frames are not there.
         ValueError: If the configuration does not fit the label set.
         RunError: If ``out`` cannot be used.
-        TrainingError: If the loss stops being a number.
+        TrainingError: If the loss stops being a number, or too many clips cannot be read.
     """
     label_set = TargetStore.open(store).label_set(labels)
     wanted_maps(label_set.layout, config.loss)
@@ -152,7 +169,8 @@ def train(
         width=config.student.width,
         videos_root=videos_root,
     )
-    if not dataset.check_frames(sorted(split.training.keys() | split.validation.keys())):
+    _check_device(device)
+    if not dataset.find_frames(sorted(split.training.keys() | split.validation.keys())):
         log.warning(
             "frames are decoded from the videos for every clip; "
             "tinyhd distill --with-frames %dx%d would make training faster",
@@ -161,7 +179,6 @@ def train(
     validation = spread_clips(split.validation, per_video=config.validation_clips)
     if not validation:
         log.warning("no video has held-out frames for a clip: there is no validation")
-    _check_device(device)
     with RunDir.open(out, _identity(config, label_set, split)) as run:
         torch.manual_seed(config.seed)
         model = TinyHD(config.student).to(device)
@@ -185,12 +202,21 @@ def train(
                 )
                 left = clips[state.batch * config.batch_size :]
                 batches = load_batches(
-                    dataset, left, batch_size=config.batch_size, workers=loader_workers
+                    dataset,
+                    left,
+                    batch_size=config.batch_size,
+                    workers=loader_workers,
+                    spares=Spares(split.training, config.seed),
                 )
                 trainer.run_epoch(batches, stop, progress, checkpoint_seconds)
                 if not stop.is_set:
                     trainer.end_epoch(
-                        load_batches(dataset, validation, batch_size=config.batch_size * 2)
+                        load_batches(
+                            dataset,
+                            validation,
+                            batch_size=config.batch_size * 2,
+                            spares=Spares(split.validation, config.seed),
+                        )
                         if validation
                         else None
                     )
@@ -236,6 +262,8 @@ class _Trainer:
         self._run, self._state = run, state
         self._map_names = wanted_maps(layout, config.loss)
         self._saved_at = time.monotonic()
+        self._warned: set[str] = set()
+        self._bad_told = state.bad_clips
 
     def run_epoch(
         self, batches: Iterator[Batch], stop: _Stop, progress: Progress, checkpoint_seconds: float
@@ -246,13 +274,14 @@ class _Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         self._model.train()
-        for batch in batches:
+        for batch in self._counted(batches):
             losses = self.train_step(batch)
             state.step += 1
             state.batch += 1
             terms = {name: term.item() for name, term in losses.terms.items()}
             total = losses.total.item()
-            self._run.log("training", state.step, {"total": total, **terms, "learning_rate": rate})
+            values = {"total": total, **terms, "learning_rate": rate, "bad_clips": state.bad_clips}
+            self._run.log("training", state.step, values)
             progress.advance(
                 len(batch.keys),
                 note=f"epoch {state.epoch + 1} of {config.epochs}, loss {total:.3f}",
@@ -288,7 +317,7 @@ class _Trainer:
         state = self._state
         is_best = True
         if validation is not None:
-            scores = compare_with_teacher(self._model, validation, self._layout)
+            scores = compare_with_teacher(self._model, self._counted(validation), self._layout)
             if not math.isfinite(scores.kl):
                 raise TrainingError(
                     f"the validation after step {state.step} gave KL {scores.kl}; the last "
@@ -301,6 +330,12 @@ class _Trainer:
             log.info(
                 "epoch %d of %d, step %d: KL %.4f, CC %.4f to the teacher on held-out frames",
                 *(state.epoch + 1, self._config.epochs, state.step, scores.kl, scores.cc),
+            )
+        if state.bad_clips > self._bad_told:
+            self._bad_told = state.bad_clips
+            log.warning(
+                "%d of %d clips so far could not be read, and were replaced by others",
+                *(state.bad_clips, state.clips),
             )
         state.epoch += 1
         state.batch = 0
@@ -321,8 +356,37 @@ class _Trainer:
         )
         self._saved_at = time.monotonic()
 
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches, after a look at what was replaced in them.
 
-_SAVED: Final = ("epoch", "step", "batch", "best_kl")
+        Raises:
+            TrainingError: If too many clips could not be read.
+        """
+        try:
+            for batch in batches:
+                self._count(batch)
+                yield batch
+        except ClipError as error:
+            raise TrainingError(str(error)) from error
+
+    def _count(self, batch: Batch) -> None:
+        state, limit = self._state, self._config.max_bad_share
+        state.clips += len(batch.keys) + len(batch.bad)
+        state.bad_clips += len(batch.bad)
+        for clip in batch.bad:
+            if clip.source not in self._warned:
+                self._warned.add(clip.source)
+                log.warning("%s; other clips are taken instead", clip.reason)
+        few = FEW_BAD_CLIPS if limit else 0
+        if batch.bad and state.bad_clips > max(few, limit * state.clips):
+            raise TrainingError(
+                f"{state.bad_clips} of the {state.clips} clips so far could not be read, more than "
+                f"the share of {limit:g} that may be; at last: {batch.bad[-1].reason}; mend what "
+                "is damaged, or allow more with --max-bad-share, and continue the run"
+            )
+
+
+_SAVED: Final = ("epoch", "step", "batch", "best_kl", "clips", "bad_clips")
 
 
 class _Stop:
@@ -352,8 +416,10 @@ def _identity(config: TrainConfig, labels: LabelSet, split: ClipSplit) -> Mappin
         for part in (split.training, split.validation)
         for video, spans in part.items()
     ]
+    settings = asdict(config)
+    del settings["max_bad_share"]  # whoever has mended some of the damage may allow for the rest
     return {
-        **asdict(config),
+        **settings,
         "label_set": labels.name,
         "label_fingerprint": labels.fingerprint,
         "clips_sha256": hashlib.sha256(json.dumps(clips).encode()).hexdigest(),
@@ -376,7 +442,8 @@ def _resume(run: RunDir, model: TinyHD, optimizer: torch.optim.SGD, *, epochs: i
         model.load_state_dict(checkpoint["weights"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["random_state"])
-        state = TrainState(**{name: checkpoint[name] for name in _SAVED})
+        older = {"clips": 0, "bad_clips": 0}  # checkpoints of before there was a count
+        state = TrainState(**{name: {**older, **checkpoint}[name] for name in _SAVED})
         if checkpoint["validation"] is not None:
             state.validation = Agreement(**checkpoint["validation"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -54,6 +54,17 @@ def test_two_commands_make_a_student(run: Run, video_folder: Path, tmp_path: Pat
     assert (out / "last.pt").is_file()
 
 
+def test_clips_that_were_replaced_are_told(run: Run, video_folder: Path, tmp_path: Path) -> None:
+    store, out = tmp_path / "targets.zarr", tmp_path / "run"
+    run("distill", video_folder, "--teacher", "pqft", "--store", store, *SMALL)
+    for shard in store.glob("labels/*/maps_*/c.2.0.0.0"):
+        shard.unlink()
+    options = (*TRAIN_SMALL, "--clips-per-video", "2", "--max-bad-share", "1")
+    trained = run("train", "--store", store, "--out", out, *options)
+    assert trained.exit_code == 0, trained.output
+    assert "clips could not be read, and were replaced" in trained.output
+
+
 @pytest.mark.parametrize(
     "command",
     [

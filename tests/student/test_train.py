@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from stores.errors import LabelSetNotFoundError, NotATargetStoreError, TargetStoreError
+from stores.errors import LabelSetNotFoundError, NotATargetStoreError
+from stores.targets import TargetStore
 from student.checkpoints import CheckpointError, load_model, read_checkpoint, save_checkpoint
+from student.clips import Batch
 from student.config import build_config
-from student.losses import LossWeights
+from student.losses import Losses, LossWeights
 from student.runs import RunDir, RunError
 from student.tinyhd import TinyHD
-from student.train import TrainConfig, TrainingError, build_optimizer, train
+from student.train import TrainConfig, TrainingError, _Trainer, build_optimizer, train
 
 if TYPE_CHECKING:
     from tests.conftest import MakeVideo
@@ -199,8 +201,98 @@ def test_lost_shards_stop_training(labelled: Path, tmp_path: Path) -> None:
     shutil.copytree(labelled, store)
     for path in store.glob("labels/*/maps_*/c.*"):
         path.unlink()
-    with pytest.raises(TargetStoreError, match="is gone, though its receipt is there"):
+    with pytest.raises(TrainingError, match=r"none can be read.*gone, though its receipt is there"):
         train(store, tmp_path / "run", SMALL)
+
+
+def lose_targets(labelled: Path, path: Path, shard: int) -> Path:
+    """Copy the store without the targets of 16 frames of a video."""
+    shutil.copytree(labelled, path)
+    labels = TargetStore.open(path).label_set()
+    number = labels.shards(labels.store.video("long"))[shard]
+    (path / labels.shard_key(labels.array_names[0], number)).unlink()
+    return path
+
+
+@pytest.fixture
+def learns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let training read its clips and do nothing with them."""
+    nothing = Losses(torch.zeros(()), {})
+    monkeypatch.setattr(_Trainer, "train_step", lambda self, batch: nothing)
+
+
+def test_bad_clips_are_counted_and_training_goes_on_exactly(
+    labelled: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = lose_targets(labelled, tmp_path / "damaged.zarr", 2)
+    config = replace(SMALL, epochs=2, max_bad_share=0.5)
+    whole = train(store, tmp_path / "whole", config)
+    assert whole.step == 8
+    assert whole.bad_clips > 1
+    assert whole.clips - whole.bad_clips == 2 * (3 * 4 + 2)  # the other videos are too short
+    curve = training_curve(tmp_path / "whole")
+    assert [row["bad_clips"] for row in curve if "bad_clips" in row][-1] == whole.bad_clips
+    assert caplog.text.count("other clips are taken instead") == 1
+    assert f"{whole.bad_clips} of {whole.clips} clips so far" in caplog.text
+
+    train_step = _Trainer.train_step
+
+    def stop_at_step_6(self: _Trainer, batch: Batch) -> Losses:
+        if self._state.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "train_step", stop_at_step_6)
+        stopped = train(store, tmp_path / "cut", config)
+    assert not stopped.is_complete
+    assert stopped.step == 6
+    assert stopped.bad_clips > 0
+    again = train(store, tmp_path / "cut", config)
+    assert (again.clips, again.bad_clips) == (whole.clips, whole.bad_clips)
+    assert training_curve(tmp_path / "cut") == curve
+    first, second = (read_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "cut"))
+    for name, values in first["weights"].items():
+        assert torch.equal(values, second["weights"][name]), name
+
+
+@pytest.mark.usefixtures("learns_nothing")
+def test_too_many_bad_clips_stop_training_until_more_are_allowed(
+    labelled: Path, tmp_path: Path
+) -> None:
+    store = lose_targets(labelled, tmp_path / "damaged.zarr", 2)
+    config = replace(SMALL, clips_per_video=40, epochs=1)
+    with pytest.raises(TrainingError, match=r"^6 of the \d+ clips .* 0\.05 .*--max-bad-share"):
+        train(store, tmp_path / "run", config)
+    state = train(store, tmp_path / "run", replace(config, max_bad_share=1.0))
+    assert state.is_complete
+    assert state.bad_clips > 6
+    with pytest.raises(TrainingError, match=r"^[12] of the \d+ clips .* share of 0 that may be"):
+        train(store, tmp_path / "strict", replace(config, max_bad_share=0.0))
+
+
+@pytest.mark.usefixtures("learns_nothing")
+def test_checkpoints_without_counts_are_continued(labelled: Path, tmp_path: Path) -> None:
+    config, last = replace(SMALL, epochs=1), tmp_path / "run" / "last.pt"
+    train(labelled, tmp_path / "run", config)
+    counts = ("clips", "bad_clips")
+    older = {name: value for name, value in read_checkpoint(last).items() if name not in counts}
+    torch.save(older, last)
+    state = train(labelled, tmp_path / "run", config)
+    assert (state.is_complete, state.clips, state.bad_clips) == (True, 0, 0)
+
+
+@pytest.mark.usefixtures("learns_nothing")
+def test_clips_to_validate_on_are_replaced_too(labelled: Path, tmp_path: Path) -> None:
+    store = lose_targets(labelled, tmp_path / "damaged.zarr", 4)  # of the last frames
+    state = train(store, tmp_path / "run", replace(SMALL, epochs=1, holdout=0.5))
+    assert state.bad_clips > 0
+    assert state.clips - state.bad_clips == 2 * 4 + 2 * 2  # one video is too short for either
+    assert state.validation is not None
+    assert state.validation.maps == 4
 
 
 def test_validation_row_is_not_doubled_by_a_kill_behind_it(tmp_path: Path) -> None:
