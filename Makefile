@@ -19,8 +19,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## distill, train and score on real clips; results in demo/
 	$(BIN)/python cli.py demo
 
+# Two processes of one thread each: more threads than cores wait for each other.
 test: $(VENV)/.installed ## all tests but the long ones
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadgroup
 
 test-all: $(VENV)/.installed ## all tests
 	$(BIN)/python -m pytest

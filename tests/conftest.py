@@ -35,6 +35,14 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one of several processes run all tests with Ray: each would start a Ray of its own."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "ray" in item.keywords or "local_ray" in fixtures or "distill" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what is learnt of the tests' videos out of the user's cache."""
