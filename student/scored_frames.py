@@ -28,7 +28,7 @@ from student.protocols import ON_DENSITIES, Measure, Protocol
 Maps = Tensor | npt.NDArray[Any]
 Fixations = Maps | Sequence[Tensor]
 
-CHUNK_PIXELS_CPU: Final = 2**19
+CHUNK_PIXELS_CPU: Final = 2**20
 """Pixels that a CPU scores together: more do not stay in its caches."""
 CHUNK_PIXELS: Final = 2**24
 """Pixels that are scored together elsewhere."""
