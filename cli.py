@@ -18,7 +18,6 @@ VARIANT_NAMES = (
     *("tinyhd-m", "tinyhd-m-rc2", "tinyhd-m-rc4"),
 )
 RUNTIME_NAMES = ("torch", "onnxruntime", "openvino")
-TRAINED_VARIANTS = [name for name in VARIANT_NAMES if name.startswith("tinyhd-s")]
 PUBLISHED_LICENCES = {
     "tinyhd-s-rc4": "published; ask its authors for a licence",
     "tinyhd-m-rc4": "published; ask its authors for a licence",
@@ -271,6 +270,51 @@ def distill_command(
         sys.exit(EXIT_SOME_FAILED)
 
 
+SHORTCUTS = {
+    "variant": "student.variant",
+    "size": "student.size",
+    "labels": "supervision.labels",
+    "data": "supervision.ground_truth.data",
+    "epochs": "optimisation.epochs",
+    "batch": "optimisation.batch_size",
+    "lr": "optimisation.learning_rate",
+    "clips_per_video": "sampling.clips_per_video",
+    "holdout": "sampling.holdout",
+    "max_bad_share": "sampling.max_bad_share",
+    "seed": "seed",
+}
+"""Options of train, and the keys of the recipe that they are short for."""
+
+
+def _recipe_changes(given: dict[str, Any]) -> list[str]:
+    """Return options of train as changes of the recipe."""
+    import json
+
+    changes = []
+    weights = {"saliency": given["teacher_weight"], "hierarchical": given["hierarchical_weight"]}
+    label = {name: weight for name, weight in weights.items() if weight is not None}
+    if given["labels"] is not None:
+        label["labels"] = given["labels"]
+    if label:
+        changes.append(f"supervision.labels={json.dumps([label])}")
+    for name, key in SHORTCUTS.items():
+        value = given[name]
+        if value is None or name == "labels":
+            continue
+        if name == "size":
+            value = "x".join(map(str, value))
+        changes.append(f"{key}={json.dumps(value)}")
+    return changes
+
+
+def _list_presets(context: click.Context, _parameter: click.Parameter, given: bool) -> None:  # noqa: FBT001 - click's signature
+    if given:
+        from student.experiment import presets
+
+        click.echo("\n".join(presets()))
+        context.exit()
+
+
 @cli.command("train")
 @click.option("--store", type=StorePlace(), required=True, help="Store with the soft targets.")
 @click.option(
@@ -279,31 +323,44 @@ def distill_command(
     required=True,
     help="Folder of the run; made if needed.",
 )
+@click.option(
+    "--config",
+    "recipe_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Recipe, a YAML file; every run leaves one in its folder.",
+)
+@click.option("--preset", help="Recipe to begin with, e.g. tinyhd-m-rc4-dhf1k; see --list-presets.")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value of the recipe, e.g. optimisation.ema=0.999; may be repeated.",
+)
 @click.option("--labels", help="Label set, or the beginning of its name.  [default: the only one]")
 @click.option(
-    "--variant", type=click.Choice(TRAINED_VARIANTS), default="tinyhd-s-rc4", help="Student."
+    "--variant", type=click.Choice(VARIANT_NAMES), help="Student.  [default: tinyhd-s-rc4]"
 )
-@click.option("--size", type=Size(), default="192x256", help="Frames fed to the student.")
-@click.option("--epochs", type=click.IntRange(min=1), default=200, help="Passes.")
+@click.option("--size", type=Size(), help="Frames fed to the student.  [default: 192x256]")
+@click.option("--data", help="Catalogue or folder with recorded eyes, to learn from them, too.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes.  [default: 200]")
 @click.option(
-    "--clips-per-video", type=click.IntRange(min=1), default=2, help="Clips of a video per epoch."
+    "--clips-per-video", type=click.IntRange(min=1), help="Clips of each per epoch.  [default: 2]"
 )
-@click.option("--batch", "batch_size", type=click.IntRange(min=1), default=2, help="Clips at once.")
-@click.option("--lr", "learning_rate", type=float, default=0.01, help="Learning rate at first.")
-@click.option("--teacher-weight", type=float, default=1.0, help="Weight of the saliency term.")
-@click.option("--hierarchical-weight", type=float, default=1.0, help="Of the hierarchical term.")
+@click.option("--batch", type=click.IntRange(min=1), help="Clips at once.  [default: 2]")
+@click.option("--lr", type=float, help="Learning rate at first.  [default: 0.01]")
+@click.option("--teacher-weight", type=float, help="Weight of the saliency term.  [default: 1]")
+@click.option("--hierarchical-weight", type=float, help="Of the hierarchical one.  [default: 1]")
 @click.option(
     "--holdout",
     type=click.FloatRange(0, 1, max_open=True),
-    default=0.1,
-    help="Share of each video's frames, at its end, kept for validation.",
+    help="Share of each video's frames, at its end, kept for validation.  [default: 0.1]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of weights and clips.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of weights and clips.  [default: 0]")
 @click.option(
     "--max-bad-share",
-    type=click.FloatRange(0, 1),
-    default=0.05,
-    help="Share of clips that may be unreadable, and replaced, before training stops.",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of the clips that may be unreadable, and replaced.  [default: 0.05]",
 )
 @click.option(
     "--videos-root",
@@ -312,44 +369,50 @@ def distill_command(
 )
 @click.option("--device", help="Where to train, e.g. cuda:1.  [default: a GPU if there is one]")
 @click.option("--loader-workers", type=click.IntRange(min=0), default=0, help="Reading processes.")
+@click.option(
+    "--list-presets",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_presets,
+    help="List the presets and exit.",
+)
 def train_command(
     *,
     store: str,
     out: Path,
-    labels: str | None,
-    variant: str,
-    size: tuple[int, int],
-    teacher_weight: float,
-    hierarchical_weight: float,
+    recipe_file: Path | None,
+    preset: str | None,
+    changes: tuple[str, ...],
     videos_root: Path | None,
     device: str | None,
     loader_workers: int,
-    **options: Any,  # noqa: ANN401 - fields of TrainConfig
+    **shortcuts: Any,  # noqa: ANN401 - values of the recipe
 ) -> None:
     """Train a student from the soft targets of a store.
 
-    A stopped run is continued exactly by the same command. Clips that cannot be read are replaced
-    by others and counted. Show the loss curve with: tensorboard --logdir OUT
+    What is trained, and how, is a recipe: --preset, --config, --set and the options above it, each
+    over what is before it. A stopped run is continued exactly by the same command. Show the loss
+    curve with: tensorboard --logdir OUT
 
     \b
     Example:
         python cli.py train --store targets.zarr --out runs/first
     """
-    from student import LossWeights, TrainConfig, build_config, train
+    from student import train
+    from student.experiment import read_recipe
     from student.memory import keep_freed_memory
 
     keep_freed_memory()
-    height, width = size
-    config = TrainConfig(
-        student=build_config(variant, height=height, width=width),
-        loss=LossWeights(teacher=teacher_weight, hierarchical=hierarchical_weight),
-        **options,
+    if not (recipe_file or preset or shortcuts["variant"]):
+        shortcuts["variant"] = "tinyhd-s-rc4"
+    config = read_recipe(
+        recipe_file, preset=preset, changes=(*changes, *_recipe_changes(shortcuts))
     )
     state = train(
         store,
         out,
         config,
-        labels=labels,
         videos_root=videos_root,
         device=device or _best_device(),
         loader_workers=loader_workers,
@@ -359,12 +422,10 @@ def train_command(
         sys.exit(EXIT_INTERRUPTED)
     click.echo(f"{out}: {state.step} steps done, weights in {out / 'last.pt'}")
     if state.bad_clips:
-        click.echo(
-            f"  {state.bad_clips} of {state.clips} clips could not be read, and were replaced"
-        )
-    if state.validation is not None:
-        scores = state.validation
-        click.echo(f"on held-out frames: KL {scores.kl:.4f}, CC {scores.cc:.4f} to the teacher")
+        click.echo(f"{state.bad_clips} of {state.clips} clips could not be read, and were replaced")
+    if state.validation:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in state.validation.items())
+        click.echo(f"on held-out clips: {told}")
 
 
 @cli.group("data")

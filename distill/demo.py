@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -18,12 +18,11 @@ from distill.run import label_videos
 from distill.settings import DistillSettings
 from stores.decode import Frame, decode_video
 from stores.errors import VideoError
-from stores.maps import render_maps
 from stores.shards import LabelSet
 from stores.targets import TargetStore
 from student.agreement import Agreement, compare_with_teacher
 from student.checkpoints import load_model
-from student.clips import Batch, ClipDataset, ClipKey, load_batches, split_clips
+from student.clips import Batch, ClipContent, ClipDataset, load_batches
 from student.config import build_config
 from student.metrics import kl_divergence
 from student.pictures import (
@@ -37,8 +36,11 @@ from student.pictures import (
     save_picture,
     save_video,
 )
+from student.pools import ClipKey, find_pools
+from student.recipe import LabelTerm, Optimisation, Sampling, TrainConfig
+from student.supervision import render_batch
 from student.tinyhd import TinyHD, normalise_frames
-from student.train import TrainConfig, TrainState, train
+from student.train import TrainState, train
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +51,8 @@ SIZE: Final = (64, 96)
 """A ninth of the published 192x256, so that two CPU cores train it in minutes."""
 CONFIG: Final = TrainConfig(
     student=build_config(VARIANT, height=SIZE[0], width=SIZE[1]),
-    epochs=10,
-    clips_per_video=16,
-    learning_rate=0.1,
-    holdout=0.25,
+    sampling=Sampling(clips_per_video=16, holdout=0.25),
+    optimisation=Optimisation(epochs=10, learning_rate=0.1),
 )
 PANEL: Final = (180, 320)
 SHEET_ROWS_PER_VIDEO: Final = 2
@@ -112,7 +112,7 @@ def run_demo(out: Path, config: TrainConfig = CONFIG) -> DemoReport | None:
     seconds["distill"] = round(time.monotonic() - began, 1)
 
     began = time.monotonic()
-    state = train(store, run, config, labels=labelled.label_sets[0])
+    state = train(store, run, _with_labels(config, labelled.label_sets[0]))
     seconds["train"] = round(time.monotonic() - began, 1)
     if not state.is_complete:
         return None
@@ -123,6 +123,12 @@ def run_demo(out: Path, config: TrainConfig = CONFIG) -> DemoReport | None:
     seconds["score and draw"] = round(time.monotonic() - began, 1)
     _save_json(out / "report.json", asdict(report))
     return report
+
+
+def _with_labels(config: TrainConfig, labels: str) -> TrainConfig:
+    """Return the configuration for the label set that was just filled."""
+    supervision = replace(config.supervision, labels=(LabelTerm(labels=labels),))
+    return replace(config, supervision=supervision)
 
 
 def sample_clips() -> list[Path]:
@@ -153,10 +159,11 @@ def _score_and_draw(
 ) -> DemoReport:
     store = labels.store.url
     height, width = config.student.height, config.student.width
-    dataset = ClipDataset(store, labels.name, height=height, width=width)
+    dataset = ClipDataset(store, ClipContent(height=height, width=width, labels=(labels.name,)))
+    pools = find_pools(labels.store.videos, [labels], config.sampling, target_frames=1)
     held_out = [
         ClipKey(video, last)
-        for video, spans in split_clips(labels, holdout=config.holdout).validation.items()
+        for video, spans in pools.validation.items()
         for span in spans
         for last in span
     ]
@@ -195,11 +202,11 @@ def _maps_of(
     model: TinyHD, batches: Iterator[Batch], labels: LabelSet
 ) -> dict[tuple[str, int], tuple[Map, Map]]:
     """Return the saliency maps of teacher and student for each clip's newest frame."""
-    layout = labels.layout
-    size = {"height": model.config.height, "width": model.config.width}
+    height, width, device = model.config.height, model.config.width, torch.device("cpu")
     maps = {}
     for batch in batches:
-        teacher = render_maps(batch.planes, layout, [layout.saliency], **size)[layout.saliency]
+        rendered = render_batch(batch.planes[0], labels.layout, (), height, width, device)
+        teacher = rendered.saliency[:, 0]
         student = model(normalise_frames(batch.frames)).saliency[:, 0]
         for key, *pair in zip(batch.keys, teacher.numpy(), student.numpy(), strict=True):
             maps[key.video, key.last] = (pair[0], pair[1])

@@ -3,7 +3,7 @@
 from student.checkpoints import CheckpointError, load_model, save_checkpoint
 from student.config import VARIANTS, TinyHDConfig, build_config
 from student.cost import cost_of
-from student.losses import LossWeights
+from student.recipe import TrainConfig
 from student.reference import (
     WeightsError,
     export_weights,
@@ -14,12 +14,11 @@ from student.reference import (
 )
 from student.runs import RunError
 from student.tinyhd import StudentOutput, TinyHD, normalise_frames
-from student.train import TrainConfig, TrainingError, train
+from student.train import TrainingError, train
 
 __all__ = [
     "VARIANTS",
     "CheckpointError",
-    "LossWeights",
     "RunError",
     "StudentOutput",
     "TinyHD",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from stores.maps import MapLayout, render_maps
+from stores.maps import MapLayout
 from student.clips import Batch
 from student.metrics import correlation, kl_divergence
+from student.supervision import render_batch
 from student.tinyhd import TinyHD, normalise_frames
 
 
@@ -28,18 +29,17 @@ class Agreement:
 
 @torch.inference_mode()
 def compare_with_teacher(model: TinyHD, batches: Iterable[Batch], layout: MapLayout) -> Agreement:
-    """Compare saliency maps with a teacher's stored ones; the model is left in evaluation mode."""
+    """Compare maps with those of the first label set; the model is left in evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
     height, width = model.config.height, model.config.width
     kl, cc = [], []
     for batch in batches:
-        planes = {name: values.to(device) for name, values in batch.planes.items()}
-        target = render_maps(planes, layout, [layout.saliency], height=height, width=width)
+        teacher = render_batch(batch.planes[0], layout, (), height, width, device).saliency
         output = model(normalise_frames(batch.frames.to(device)))
-        teacher = target[layout.saliency]
-        kl.append(kl_divergence(teacher, F.logsigmoid(output.saliency_logits[:, 0])))
-        cc.append(correlation(teacher, output.saliency[:, 0]))
+        logits = output.saliency_logits.flatten(1, -3)  # B T H W
+        kl.append(kl_divergence(teacher, F.logsigmoid(logits)).flatten())
+        cc.append(correlation(teacher, logits.sigmoid()).flatten())
     if not kl:
         raise ValueError("there are no clips to compare on")
     # A constant map has no correlation with anything: it counts as 0.

@@ -1,40 +1,42 @@
-"""Clips for training: which there are, which an epoch draws, and their frames and targets."""
+"""Clips as they are read for training: frames, targets of teachers, and recorded eyes."""
 
 from __future__ import annotations
 
 import signal
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from stores.catalogue import CatalogueVideo
 from stores.errors import TargetStoreError, TinyHDError, VideoError
+from stores.ground_truth import GroundTruth, resize_fixations
 from stores.shards import FrameSet, LabelSet
 from stores.table import VideoRow
 from stores.targets import TargetStore
 from student.config import CLIP_FRAMES
 from student.footage import Footage
+from student.pools import ClipKey, Spares
 
 MAX_TRIES: Final = 10
 """Clips that are tried to be read for one that is wanted."""
+TRUTHS_KEPT: Final = 64
+"""Videos whose labels' names are kept in mind."""
+
+Planes = dict[str, npt.NDArray[np.float32]]
+"""Native planes by array, each ``(T, map, y, x)``."""
 
 
 class ClipError(TinyHDError):
     """A clip cannot be read, and nor can any that was drawn in its place."""
-
-
-class ClipKey(NamedTuple):
-    """A clip: 16 consecutive frames of a video, known by the newest of them."""
-
-    video: str
-    last: int
 
 
 class BadClip(NamedTuple):
@@ -46,99 +48,24 @@ class BadClip(NamedTuple):
     reason: str
 
 
-class Batch(NamedTuple):
-    """Clips and what the teacher says about the newest frame of each."""
+@dataclass(frozen=True, kw_only=True)
+class ClipContent:
+    """What is read of a clip."""
 
-    keys: list[ClipKey]
-    frames: Tensor
-    """uint8 ``(B, 16, H, W, 3)`` RGB"""
-    planes: dict[str, Tensor]
-    """Native planes by array, each ``(B, map, y, x)``"""
-    bad: Sequence[BadClip] = ()
-    """Clips that others among ``keys`` take the place of."""
-
-
-Spans = Mapping[str, Sequence[range]]
-"""For each video, spans of newest frames that clips may have."""
-
-
-@dataclass(frozen=True)
-class ClipSplit:
-    """Clips to train on and clips to validate on; they share no frame."""
-
-    training: Spans
-    validation: Spans
-
-
-@dataclass(frozen=True)
-class Spares:
-    """Clips of which some take the place of others that cannot be read."""
-
-    spans: Spans
-    seed: int
-
-    def draw(self, key: ClipKey, attempt: int) -> ClipKey:
-        """Draw a clip in the place of another: always the same, whoever draws and whenever."""
-        video_number = zlib.crc32(key.video.encode())
-        rng = np.random.default_rng([self.seed, video_number, key.last, attempt])
-        video = list(self.spans)[rng.integers(len(self.spans))]
-        lasts = _lasts(self.spans[video])
-        return ClipKey(video, int(lasts[rng.integers(len(lasts))]))
-
-
-def split_clips(labels: LabelSet, *, holdout: float) -> ClipSplit:
-    """Find the clips whose target is there and was made from a full window.
-
-    Args:
-        labels: The label set.
-        holdout: Share of each video's frames, at its end, that is kept out of training.
-
-    Raises:
-        ValueError: If ``holdout`` is not in 0..1 or no clip is left to train on.
-    """
-    if not 0 <= holdout < 1:
-        raise ValueError(f"holdout must be at least 0 and less than 1, got {holdout}")
-    first_last = max(CLIP_FRAMES, labels.window) - 1
-    training: dict[str, list[range]] = {}
-    validation: dict[str, list[range]] = {}
-    for video in labels.store.videos:
-        cut = video.frames - round(video.frames * holdout)
-        for span in labels.coverage(video.id):
-            early = range(max(span.start, first_last), min(span.stop, cut))
-            late = range(max(span.start, first_last, cut + CLIP_FRAMES - 1), span.stop)
-            for spans, clips in ((training, early), (validation, late)):
-                if clips:
-                    spans.setdefault(video.id, []).append(clips)
-    if not training:
-        raise ValueError(
-            f"{labels.name} has no clip to train on: no video has {first_last + 1} labelled frames "
-            f"outside the {holdout:.0%} that are held out"
-        )
-    return ClipSplit(training, validation)
-
-
-def draw_clips(spans: Spans, *, per_video: int, seed: int, epoch: int) -> list[ClipKey]:
-    """Draw an epoch: some random clips of each video, in random order.
-
-    What is drawn depends on the arguments alone, not on workers or on what was drawn before.
-    """
-    clips = []
-    for index, (video, choices) in enumerate(spans.items()):
-        lasts = _lasts(choices)
-        draws = np.random.default_rng([seed, epoch, index]).integers(len(lasts), size=per_video)
-        clips += [ClipKey(video, int(lasts[draw])) for draw in draws]
-    order = np.random.default_rng([seed, epoch, len(spans)]).permutation(len(clips))
-    return [clips[i] for i in order]
-
-
-def spread_clips(spans: Spans, *, per_video: int) -> list[ClipKey]:
-    """Return clips at even distances over each video, for validation; fewer where there are."""
-    clips = []
-    for video, choices in spans.items():
-        lasts = _lasts(choices)
-        picks = np.unique(np.linspace(0, len(lasts) - 1, per_video).astype(int))
-        clips += [ClipKey(video, int(lasts[pick])) for pick in picks]
-    return clips
+    height: int
+    width: int
+    labels: tuple[str, ...] = ()
+    """Names of label sets."""
+    flipped: tuple[str, ...] = ()
+    """For each, the name of its twin of mirrored frames; empty where targets are mirrored."""
+    target_frames: int = 1
+    """Newest frames of the clip that have targets."""
+    lag: int = 0
+    """Frames by which targets lie before the frames that they are for."""
+    recorded: Mapping[str, CatalogueVideo] = field(default_factory=dict)
+    """By the store's id, the videos with recorded eyes."""
+    with_fixations: bool = False
+    """Whether fixations are read, too."""
 
 
 class Sample(NamedTuple):
@@ -146,45 +73,61 @@ class Sample(NamedTuple):
 
     key: ClipKey
     frames: npt.NDArray[np.uint8]
-    planes: dict[str, npt.NDArray[np.float32]]
+    planes: tuple[Planes, ...]
+    """Of each label set; empty for those that are not wanted."""
+    density: npt.NDArray[np.float32] | None
+    fixations: npt.NDArray[np.bool_] | None
     bad: Sequence[BadClip] = ()
 
 
+class Batch(NamedTuple):
+    """Clips, and what is said of the newest T frames of each."""
+
+    keys: list[ClipKey]
+    frames: Tensor
+    """uint8 ``(B, 16, H, W, 3)`` RGB"""
+    planes: tuple[dict[str, Tensor], ...]
+    """For each label set its native planes by array, ``(B, T, map, y, x)``; empty where they are
+    not wanted."""
+    density: Tensor | None
+    """Maps of recorded eyes at the student's size, ``(B, T, H, W)`` in 0..1; zero where there are
+    none. Nothing if none were asked for."""
+    fixations: Tensor | None
+    """``(B, T, H, W)``, bool."""
+    bad: Sequence[BadClip] = ()
+    """Clips that others among ``keys`` take the place of."""
+
+
 class ClipDataset(Dataset[Sample]):
-    """Frames and targets of clips; the store is opened in the process that first reads.
+    """Reads clips; the store is opened in the process that first reads.
 
     Frames come from the store where it keeps them at the wanted size, else from the videos, of
     which a group of pictures is then decoded for every clip.
 
     Args:
         store: Path or URL of the store.
-        labels: Name of the label set.
-        height: Rows of the frames.
-        width: Columns of the frames.
+        content: What is read.
         videos_root: Where the videos lie now, if not where they were labelled.
     """
 
     def __init__(
-        self,
-        store: str | Path,
-        labels: str,
-        *,
-        height: int,
-        width: int,
-        videos_root: Path | None = None,
+        self, store: str | Path, content: ClipContent, *, videos_root: Path | None = None
     ) -> None:
-        self._path, self._name = store, labels
-        self._height, self._width = height, width
-        self._footage = Footage(height=height, width=width, root=videos_root)
-        self._opened: tuple[TargetStore, LabelSet, FrameSet | None] | None = None
+        self._path, self._content = store, content
+        self._footage = Footage(height=content.height, width=content.width, root=videos_root)
+        self._opened: tuple[TargetStore, dict[str, LabelSet], FrameSet | None] | None = None
+        self._truth = lru_cache(TRUTHS_KEPT)(self._open_truth)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_opened": None, "_truth": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._truth = lru_cache(TRUTHS_KEPT)(self._open_truth)
 
     def __getitem__(self, key: ClipKey) -> Sample:
-        _, labels, _ = self._open()
-        planes = labels.read(key.video, key.last, key.last + 1)
-        return Sample(key, self._frames(key), planes)
+        density, fixations = self._recorded(key)
+        return Sample(key, self._frames(key), self._planes(key), density, fixations)
 
     def read_or_replace(self, key: ClipKey, spares: Spares) -> Sample | list[BadClip]:
         """Return a clip, or another if it cannot be read; or, after some tries, what was tried."""
@@ -216,13 +159,57 @@ class ClipDataset(Dataset[Sample]):
             self._footage.find(decoded)
         return not decoded
 
+    def _planes(self, key: ClipKey) -> tuple[Planes, ...]:
+        _, sets, _ = self._open()
+        content = self._content
+        stop = key.last + 1 - content.lag
+        found: list[Planes] = []
+        for number, name in enumerate(content.labels):
+            if key.source not in (-1, number):
+                found.append({})
+                continue
+            twin = content.flipped[number] if content.flipped else ""
+            labels = sets[twin if key.is_flipped and twin else name]
+            planes = labels.read(key.video, stop - content.target_frames, stop)
+            if key.is_flipped and not twin:
+                planes = {name: values[..., ::-1].copy() for name, values in planes.items()}
+            found.append(planes)
+        return tuple(found)
+
     def _frames(self, key: ClipKey) -> npt.NDArray[np.uint8]:
         store, _, frames = self._open()
         row = store.video(key.video)
         span = range(key.last + 1 - CLIP_FRAMES, key.last + 1)
         if frames is not None and _has_all(frames, row):
-            return frames.read(key.video, span.start, span.stop)
-        return self._footage.read(row, span)
+            pictures = frames.read(key.video, span.start, span.stop)
+        else:
+            pictures = self._footage.read(row, span)
+        return np.ascontiguousarray(pictures[:, :, ::-1]) if key.is_flipped else pictures
+
+    def _recorded(
+        self, key: ClipKey
+    ) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.bool_] | None]:
+        """Return what recorded eyes say, at the student's size; zeros where a clip has none."""
+        content = self._content
+        if not content.recorded:
+            return None, None
+        shape = (content.target_frames, content.height, content.width)
+        density = np.zeros(shape, np.float32)
+        fixations = np.zeros(shape, np.bool_) if content.with_fixations else None
+        if key.video in content.recorded:
+            truth = self._truth(key.video)
+            for row, frame in enumerate(range(key.last + 1 - shape[0], key.last + 1)):
+                if (native := truth.read_density(frame)) is not None:
+                    density[row] = _shrink(native, shape[1], shape[2])
+                if fixations is not None and (seen := truth.read_fixations(frame)) is not None:
+                    fixations[row] = resize_fixations(seen, shape[1], shape[2])
+        if key.is_flipped:
+            density = np.ascontiguousarray(density[..., ::-1])
+            fixations = None if fixations is None else np.ascontiguousarray(fixations[..., ::-1])
+        return density, fixations
+
+    def _open_truth(self, video: str) -> GroundTruth:
+        return self._content.recorded[video].ground_truth()
 
     def _source(self, key: ClipKey, error: TargetStoreError) -> str:
         if not isinstance(error, VideoError):
@@ -230,11 +217,13 @@ class ClipDataset(Dataset[Sample]):
         store, _, _ = self._open()
         return str(self._footage.path_of(store.video(key.video)))
 
-    def _open(self) -> tuple[TargetStore, LabelSet, FrameSet | None]:
+    def _open(self) -> tuple[TargetStore, dict[str, LabelSet], FrameSet | None]:
         if self._opened is None:
+            content = self._content
             store = TargetStore.open(self._path)
-            frames = store.find_frame_set(height=self._height, width=self._width)
-            self._opened = (store, store.label_set(self._name), frames)
+            frames = store.find_frame_set(height=content.height, width=content.width)
+            names = {*content.labels, *filter(None, content.flipped)}
+            self._opened = (store, {name: store.label_set(name) for name in names}, frames)
         return self._opened
 
 
@@ -298,20 +287,35 @@ def _collate(items: list[Sample | list[BadClip]]) -> Batch | list[BadClip]:
         if not isinstance(item, Sample):
             return item
         samples.append(item)
-    stacked = {
-        name: torch.from_numpy(np.concatenate([sample.planes[name] for sample in samples]))
-        for name in samples[0].planes
-    }
+    first = samples[0]
+    planes = tuple(
+        {
+            name: torch.from_numpy(np.stack([sample.planes[number][name] for sample in samples]))
+            for name in first.planes[number]
+        }
+        for number in range(len(first.planes))
+    )
     return Batch(
         [sample.key for sample in samples],
         torch.from_numpy(np.stack([sample.frames for sample in samples])),
-        stacked,
+        planes,
+        _stack([sample.density for sample in samples]),
+        _stack([sample.fixations for sample in samples]),
         [bad for sample in samples for bad in sample.bad],
     )
 
 
-def _lasts(spans: Sequence[range]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.arange(span.start, span.stop) for span in spans])
+def _stack(arrays: Sequence[npt.NDArray[Any] | None]) -> Tensor | None:
+    there = [array for array in arrays if array is not None]
+    return torch.from_numpy(np.stack(there)) if there else None
+
+
+def _shrink(density: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[np.float32]:
+    """Bring a recorded map to the student's size, in 0..1."""
+    scaled = density.astype(np.float32) / np.iinfo(density.dtype).max
+    maps = torch.from_numpy(scaled)[None, None]
+    resized = F.interpolate(maps, (height, width), mode="bilinear", antialias=True)
+    return np.asarray(resized[0, 0].numpy())
 
 
 def _has_all(frames: FrameSet | None, row: VideoRow) -> bool:

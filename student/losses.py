@@ -1,41 +1,57 @@
-"""What the student is held against: the teacher's saliency map and its hierarchical maps."""
+"""What the student is held against: maps of teachers, of an assistant, and of recorded eyes.
+
+Shapes: B clips, T frames that the student maps, T' maps of a decoder (T, or 1 for a whole clip).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stores.maps import MapLayout
-from student.metrics import kl_divergence
+from student.metrics import correlation, kl_divergence
+from student.recipe import GroundTruthTerm, HierarchicalRule, TermWeights
 from student.tinyhd import StudentOutput
 
+HIERARCHICAL_MAPS = 4
 
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weights of the terms; a term of weight 0 is left out."""
 
-    teacher: float = 1.0
-    """KL to the teacher's saliency map."""
-    hierarchical: float = 1.0
-    """Sum over the decoder d1's four maps of the KL to the teacher's hierarchical map."""
-    ground_truth: float = 1.0
-    """KL to the map of recorded eyes, where a clip has one."""
-    d2_ground_truth: float = 0.0
-    """The same for the map of the decoder d2; 0.5 in the published recipe, where it is used."""
-    d3_ground_truth: float = 0.0
-    """The same for the decoder d3."""
+class SourceMaps(NamedTuple):
+    """What a teacher or an assistant says of a batch; a map of zeros says nothing."""
 
-    def __post_init__(self) -> None:
-        if min(astuple(self)) < 0 or self.teacher + self.hierarchical == 0:
-            raise ValueError(
-                "loss weights must not be negative, and those of the teacher's terms not all zero, "
-                f"got {self}"
-            )
+    saliency: Tensor
+    """``(B, T, H, W)``, non-negative."""
+    hierarchical: Tensor | None = None
+    """``(B, 4, T', H, W)``, the finest first."""
+
+
+class RecordedMaps(NamedTuple):
+    """What recorded eyes say of a batch; zero where a clip has none."""
+
+    density: Tensor
+    """``(B, T, H, W)``."""
+    fixations: Tensor | None = None
+    """``(B, T, H, W)``, bool; only needed for NSS."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss: a mean over maps, or a sum of such means over kinds of maps."""
+
+    weight: float
+    totals: Tensor
+    """Sums over the maps of each kind, ``(K,)``."""
+    counts: Tensor
+    """How many maps each sum is over, ``(K,)``."""
+
+    @property
+    def value(self) -> Tensor:
+        """The term itself, unweighted; 0 where there are no maps."""
+        return (self.totals / self.counts.clamp(min=1)).sum()
 
 
 class Losses(NamedTuple):
@@ -45,89 +61,158 @@ class Losses(NamedTuple):
     terms: Mapping[str, Tensor]
 
 
-def wanted_maps(layout: MapLayout, weights: LossWeights) -> list[str]:
-    """Return the teacher's maps that the terms need.
-
-    Raises:
-        ValueError: If hierarchical maps are asked for and the teacher has not got four.
-    """
-    if not weights.hierarchical:
-        return [layout.saliency]
-    if len(layout.hierarchical) != 4:
-        raise ValueError(
-            f"the label set has {len(layout.hierarchical)} hierarchical maps, the student four; "
-            "train with the saliency map alone (--hierarchical-weight 0), or choose a label set of "
-            "a teacher that has them"
-        )
-    return [layout.saliency, *layout.hierarchical]
-
-
-def distillation_loss(
-    output: StudentOutput,
-    targets: Mapping[str, Tensor],
-    layout: MapLayout,
-    weights: LossWeights,
+def add_terms(
+    terms: Mapping[str, Term],
+    reduce: Callable[[Tensor], Tensor] | None = None,
     *,
-    ground_truth: Tensor | None = None,
+    processes: int = 1,
 ) -> Losses:
-    """Compare a batch with its soft targets (Hu et al., WACV 2023).
-
-    Each term is the mean over the maps of a batch; a target that is zero everywhere says nothing
-    and is left out. Where a decoder makes one map for the whole clip and the teacher one for each
-    frame, it is compared with the mean of the teacher's.
+    """Add terms up.
 
     Args:
-        output: What the student said of T frames.
-        targets: Maps of the teacher by name, each ``(B, T, H, W)``.
-        layout: Says which of them is the saliency map and which are hierarchical.
+        terms: By name.
+        reduce: Sums a tensor over processes that share a step. Each term is then divided by the
+            maps of all of them, so that clips count the same wherever they are.
+        processes: How many share the step; gradients are averaged over them.
+    """
+    if not terms:
+        raise ValueError("there is no term to learn from")
+    counts = torch.cat([term.counts for term in terms.values()])
+    if reduce is not None:
+        counts = reduce(counts) / processes
+    parts = torch.split(counts, [len(term.counts) for term in terms.values()])
+    means = {
+        name: (term.totals / part.clamp(min=1 / processes)).sum()
+        for (name, term), part in zip(terms.items(), parts, strict=True)
+    }
+    total = torch.stack([terms[name].weight * mean for name, mean in means.items()]).sum()
+    return Losses(total, means)
+
+
+def source_terms(
+    name: str,
+    output: StudentOutput,
+    maps: SourceMaps,
+    weights: TermWeights,
+    rule: HierarchicalRule = "auto",
+) -> dict[str, Term]:
+    """Hold a student against a teacher or an assistant (Hu et al., WACV 2023).
+
+    Args:
+        name: Of the source; the terms' names begin with it.
+        output: What the student said.
+        maps: What the source said.
         weights: Weights of the terms.
-        ground_truth: Maps of recorded eyes, ``(B, T, H, W)``; zero where a clip has none.
+        rule: What becomes of hierarchical maps where d1 has one for the whole clip.
 
     Raises:
-        ValueError: If the decoder of a term is missing, or makes another number of maps.
+        ValueError: If the source lacks hierarchical maps, or has another number of them.
     """
-    terms: dict[str, Tensor] = {}
-    saliency = output.saliency_logits.flatten(1, -3)  # B T H W
-    if weights.teacher:
-        terms["teacher"] = _mean_kl(targets[layout.saliency], saliency)
-    if weights.hierarchical:
-        logits = _maps_of("d1", output)  # B 4 T' H W
-        divergences = [
-            _mean_kl(_as_many_frames(targets[name], logits.shape[2]), logits[:, index])
-            for index, name in enumerate(layout.hierarchical)
-        ]
-        terms["hierarchical"] = torch.stack(divergences).sum()
-    if ground_truth is not None:
-        if weights.ground_truth:
-            terms["ground_truth"] = _mean_kl(ground_truth, saliency)
-        for decoder in ("d2", "d3"):
-            if getattr(weights, name := f"{decoder}_ground_truth"):
-                terms[name] = _mean_kl(ground_truth, _maps_of(decoder, output)[:, 0])
-    total = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
-    return Losses(total, terms)
-
-
-def _maps_of(decoder: str, output: StudentOutput) -> Tensor:
-    if decoder not in output.map_logits:
-        raise ValueError(
-            f"a term is about the decoder {decoder}, the student has {', '.join(output.map_logits)}"
+    terms: dict[str, Term] = {}
+    if weights.saliency:
+        terms[f"{name}/saliency"] = _kl(
+            maps.saliency[:, None], _fused(output)[:, None], weights.saliency
         )
-    return output.map_logits[decoder]
+    if weights.hierarchical:
+        if maps.hierarchical is None:
+            raise ValueError(f"{name} has no hierarchical maps; give that term the weight 0")
+        logits = output.map_logits["d1"]
+        target = _fit_frames(maps.hierarchical, logits.shape[2], rule, name)
+        terms[f"{name}/hierarchical"] = _kl(target, logits, weights.hierarchical)
+    terms |= _decoder_terms(name, output, maps.saliency, {"d2": weights.d2, "d3": weights.d3})
+    return terms
 
 
-def _as_many_frames(target: Tensor, frames: int) -> Tensor:
-    return target.mean(1, keepdim=True) if frames == 1 else target
+def ground_truth_terms(
+    output: StudentOutput, maps: RecordedMaps, weights: GroundTruthTerm
+) -> dict[str, Term]:
+    """Hold a student against recorded eyes."""
+    terms: dict[str, Term] = {}
+    fused = _fused(output)
+    if weights.kl:
+        terms["ground_truth/kl"] = _kl(maps.density[:, None], fused[:, None], weights.kl)
+    saliency = fused.float().sigmoid()
+    if weights.cc:
+        is_seen = _says_something(maps.density)
+        found = 1 - correlation(_filled(maps.density, is_seen), saliency)
+        terms["ground_truth/cc"] = _mean(found, is_seen, weights.cc)
+    if weights.nss:
+        if maps.fixations is None:
+            raise ValueError("the NSS term needs fixations")
+        count = maps.fixations.sum((-2, -1))
+        deviation, mean = torch.std_mean(saliency, (-2, -1), keepdim=True)
+        scores = (saliency - mean) / deviation.clamp(min=1e-6)
+        found = -(scores * maps.fixations).sum((-2, -1)) / count.clamp(min=1)
+        terms["ground_truth/nss"] = _mean(found, count > 0, weights.nss)
+    decoders = {"d2": weights.d2, "d3": weights.d3}
+    terms |= _decoder_terms("ground_truth", output, maps.density, decoders)
+    return terms
 
 
-def _mean_kl(target: Tensor, logits: Tensor) -> Tensor:
-    """Return the mean divergence of the maps ``(B, T, H, W)`` whose target says something."""
+def _decoder_terms(
+    name: str, output: StudentOutput, saliency: Tensor, weights: Mapping[str, float]
+) -> dict[str, Term]:
+    terms = {}
+    for decoder, weight in weights.items():
+        if weight:
+            logits = output.map_logits[decoder]
+            target = _fit_frames(saliency[:, None], logits.shape[2], "auto", name)
+            terms[f"{name}/{decoder}"] = _kl(target, logits, weight)
+    return terms
+
+
+def _fused(output: StudentOutput) -> Tensor:
+    """Return the logits of the fused maps, ``(B, T, H, W)``."""
+    return output.saliency_logits.flatten(1, -3)
+
+
+def _fit_frames(maps: Tensor, frames: int, rule: HierarchicalRule, name: str) -> Tensor:
+    """Return maps ``(B, K, T', H, W)`` of as many frames as a decoder has."""
+    there = maps.shape[2]
+    if there != frames and (frames > 1 or rule == "identity"):
+        raise ValueError(f"{name} has maps of {there} frames, a decoder of {frames}")
+    if there == frames:
+        return maps
+    return maps.mean(2, keepdim=True)
+
+
+def _kl(target: Tensor, logits: Tensor, weight: float) -> Term:
+    """Return the divergence of maps ``(B, K, T, H, W)``, a mean for each of the K kinds."""
     if target.shape != logits.shape:
         raise ValueError(
             f"targets must be {tuple(logits.shape)}, as the student's maps, "
             f"got {tuple(target.shape)}"
         )
-    says_something = target.sum((-2, -1)) != 0  # True for NaN, which must not go unnoticed
-    filled = target.where(says_something[..., None, None], 1.0)  # 0/0 would spoil the gradient
+    is_said = _says_something(target)
     # The maps are sigmoids: their logarithm is exact from the logits, also where they underflow.
-    divergences = kl_divergence(filled, F.logsigmoid(logits))
-    return divergences.where(says_something, 0.0).sum() / says_something.sum().clamp(min=1)
+    divergences = kl_divergence(_filled(target, is_said), F.logsigmoid(logits.float()))
+    return Term(
+        weight, divergences.where(is_said, 0.0).sum((0, 2)), is_said.sum((0, 2)).to(torch.float32)
+    )
+
+
+def _mean(values: Tensor, is_said: Tensor, weight: float) -> Term:
+    total, count = values.where(is_said, 0.0).sum(), is_said.sum().to(torch.float32)
+    return Term(weight, total[None], count[None])
+
+
+def _says_something(maps: Tensor) -> Tensor:
+    return maps.sum((-2, -1)) != 0  # True for NaN, which must not go unnoticed
+
+
+def _filled(maps: Tensor, is_said: Tensor) -> Tensor:
+    """Return maps with ones in place of zeros everywhere: 0/0 would spoil the gradient."""
+    return maps.where(is_said[..., None, None], 1.0)
+
+
+def mean_of(losses: Sequence[Mapping[str, Term]]) -> dict[str, float]:
+    """Average terms over batches, each map counting the same."""
+    totals: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    for terms in losses:
+        for name, term in terms.items():
+            totals[name] = totals.get(name, 0) + term.totals.detach().double().cpu()
+            counts[name] = counts.get(name, 0) + term.counts.double().cpu()
+    return {
+        name: float((total / counts[name].clamp(min=1)).sum()) for name, total in totals.items()
+    }

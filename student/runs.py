@@ -71,11 +71,14 @@ class RunDir:
                 run._metrics.close()
                 run._curve.close()
 
-    def save(self, model: TinyHD, *, is_best: bool, **state: Any) -> None:  # noqa: ANN401
-        """Keep a checkpoint that training continues from; and, if it is the best, its weights."""
+    def save(self, model: TinyHD, *, best_model: TinyHD | None, **state: Any) -> None:  # noqa: ANN401
+        """Keep a checkpoint that training continues from, after the best weights if they are new.
+
+        In this order: whoever is killed in between comes to the same best weights again.
+        """
+        if best_model is not None:
+            save_checkpoint(self.best, best_model, step=state["step"])
         save_checkpoint(self.last, model, **state)
-        if is_best:
-            save_checkpoint(self.best, model, step=state["step"])
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Add values to the loss curve and to ``metrics.jsonl``."""

@@ -1,0 +1,261 @@
+"""Training recipes as files: YAML, named presets, and single values set on the command line."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import dacite
+import yaml
+
+from stores.errors import TinyHDError
+from student.config import VARIANTS
+from student.recipe import TrainConfig
+
+Plain = dict[str, Any]
+
+
+class RecipeError(TinyHDError):
+    """A recipe cannot be read, or asks for what there is not."""
+
+
+def _preset(variant: str, *, unlabelled: float | None, clips: int, validation: int) -> Plain:
+    return {
+        "student": {"variant": variant},
+        "supervision": {"ground_truth": {}},
+        "sampling": {
+            "clips_per_video": clips,
+            "unlabelled": unlabelled,
+            "validation_clips": validation,
+            "holdout_of": "videos",
+        },
+        "optimisation": {"precision": "float16", "schedule": "paper"},
+    }
+
+
+DATA_PRESETS: Final[Mapping[str, Plain]] = {
+    "dhf1k": {"unlabelled": None, "clips": 2, "validation": 5},
+    "dhf1k-kinetics": {"unlabelled": 1.0, "clips": 1, "validation": 5},
+    "ucf": {"unlabelled": None, "clips": 11, "validation": 20},
+    "ucf-kinetics": {"unlabelled": 10.0, "clips": 1, "validation": 20},
+    "hollywood2": {"unlabelled": None, "clips": 2, "validation": 5},
+}
+"""Epochs of the paper for its data sets (Hu et al., WACV 2023; release code)."""
+
+
+def presets() -> dict[str, Plain]:
+    """Return the named recipes: each student on each data set, and on video without labels."""
+    found: dict[str, Plain] = {}
+    for variant in VARIANTS:
+        unlabelled = _preset(variant, unlabelled=None, clips=2, validation=5)
+        del unlabelled["supervision"]
+        found[variant] = unlabelled
+        for name, data in DATA_PRESETS.items():
+            found[f"{variant}-{name}"] = _preset(variant, **data)
+    return found
+
+
+def read_recipe(
+    file: Path | None = None, *, preset: str | None = None, changes: Iterable[str] = ()
+) -> TrainConfig:
+    """Put a recipe together: a preset, then a file, then single values.
+
+    Args:
+        file: YAML, with the fields of :class:`TrainConfig`; a student may be named by ``variant``
+            and ``size``.
+        preset: One of :func:`presets`.
+        changes: ``KEY=VALUE``, with dots between the keys of nested fields and YAML for a value.
+
+    Raises:
+        RecipeError: If a key is unknown or a value is not allowed; it says where.
+    """
+    values: Plain = {}
+    if preset is not None:
+        known = presets()
+        if preset not in known:
+            raise RecipeError(f"there is no preset {preset!r}{_nearest(preset, known)}")
+        values = known[preset]
+    if file is not None:
+        values = _merge(values, _read_yaml(file))
+    for change in changes:
+        values = _merge(values, _parse_change(change))
+    return build_recipe(values)
+
+
+def build_recipe(values: Mapping[str, Any]) -> TrainConfig:
+    """Build a recipe of plain values.
+
+    Raises:
+        RecipeError: If a key is unknown or a value is not allowed; it says where.
+    """
+    values = dict(values)
+    if "student" in values:
+        values["student"] = _student(values["student"])
+    _check_keys(values, TrainConfig, "")
+    try:
+        return dacite.from_dict(
+            TrainConfig,
+            _tuples(values, TrainConfig),
+            dacite.Config(strict=True, type_hooks={float: _number}),
+        )
+    except dacite.WrongTypeError as error:
+        raise RecipeError(
+            f"{error.field_path}: {error.value!r} is not allowed there; it is "
+            f"{_type_name(error.field_type)}"
+        ) from error
+    except (dacite.DaciteError, ValueError, TypeError) as error:
+        raise RecipeError(f"the recipe is not possible: {error}") from error
+
+
+def write_recipe(config: TrainConfig) -> str:
+    """Return a recipe as YAML, complete, so that it can be read again."""
+    text: str = yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _student(given: object) -> object:
+    """Spell out a student that is named by its variant and size."""
+    if isinstance(given, str):
+        given = {"variant": given}
+    if not isinstance(given, Mapping):
+        return given
+    rest = dict(given)
+    variant = rest.pop("variant", None)
+    size = rest.pop("size", None)
+    if variant is not None:
+        if variant not in VARIANTS:
+            raise RecipeError(
+                f"student.variant: there is no {variant!r}{_nearest(str(variant), VARIANTS)}"
+            )
+        rest = {**VARIANTS[variant].to_dict(), **rest}
+    if size is not None:
+        height, _, width = str(size).partition("x")
+        if not (height.isdecimal() and width.isdecimal()):
+            raise RecipeError(f"student.size: {size!r} is not HEIGHTxWIDTH, such as 192x256")
+        rest |= {"height": int(height), "width": int(width)}
+    return rest
+
+
+def _read_yaml(file: Path) -> Plain:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        told = " ".join(str(error).split())
+        raise RecipeError(f"{file} is no YAML: {told}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file} holds no keys, but {type(content).__name__}")
+    return content
+
+
+def _parse_change(change: str) -> Plain:
+    key, equals, text = change.partition("=")
+    if not (key and equals):
+        raise RecipeError(f"--set takes KEY=VALUE, got {change!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {change}: the value is no YAML") from error
+    # YAML takes 1e-3 for text; whoever types it means a number.
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Plain:
+    merged = dict(below)
+    for key, value in above.items():
+        before = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            value = _merge(before, value)
+        merged[key] = value
+    return merged
+
+
+def _check_keys(values: Mapping[str, Any], kind: type, where: str) -> None:
+    """Refuse keys that there are not, with the nearest that there is."""
+    known: dict[str, Field[Any]] = {item.name: item for item in fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for key, value in values.items():
+        path = f"{where}{key}"
+        if key not in known:
+            names = [f"{where}{name}" for name in known]
+            raise RecipeError(f"there is no key {path!r}{_nearest(path, names)}")
+        inner = _inner_class(hints[key])
+        if inner is None:
+            continue
+        if isinstance(value, Mapping):
+            _check_keys(value, inner, f"{path}.")
+        elif isinstance(value, list | tuple):
+            for number, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    _check_keys(item, inner, f"{path}[{number}].")
+    for name, item in known.items():
+        if item.default is MISSING and item.default_factory is MISSING and name not in values:
+            raise RecipeError(f"the key '{where}{name}' is missing")
+
+
+def _inner_class(hint: object) -> type | None:
+    """Return the dataclass that a field holds, alone, optionally, or several of."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return hint
+    return next((found for part in typing.get_args(hint) if (found := _inner_class(part))), None)
+
+
+def _tuples(values: Any, kind: type) -> Any:  # noqa: ANN401 - nested plain values
+    """Return values with tuples where fields are tuples: YAML has lists alone."""
+    if not isinstance(values, Mapping):
+        return values
+    hints = typing.get_type_hints(kind)
+    found: Plain = {}
+    for key, value in values.items():
+        inner = _inner_class(hints[key])
+        if isinstance(value, list | tuple) and typing.get_origin(hints[key]) is tuple:
+            found[key] = tuple(_tuples(item, inner) if inner else item for item in value)
+        else:
+            found[key] = _tuples(value, inner) if inner else value
+    return found
+
+
+def _number(value: object) -> object:
+    """Take whole numbers, and numbers that YAML takes for text (1e-3), where fractions may be."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"
+
+
+def _type_name(kind: object) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in typing.get_args(kind))
+    if kind is type(None):
+        return "nothing (null)"
+    return getattr(kind, "__name__", str(kind))
+
+
+def _plain(values: Any) -> Any:  # noqa: ANN401 - nested plain values
+    if isinstance(values, Mapping):
+        return {key: _plain(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_plain(value) for value in values]
+    return values

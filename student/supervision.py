@@ -1,0 +1,275 @@
+"""From a batch and the recipe to the terms of the loss: who says what of the student's maps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stores.catalogue import CatalogueVideo, open_catalogue
+from stores.errors import TargetStoreError
+from stores.maps import MapLayout, render_maps
+from stores.shards import LabelSet
+from stores.targets import TargetStore
+from student.checkpoints import load_model
+from student.clips import Batch, ClipContent
+from student.losses import (
+    HIERARCHICAL_MAPS,
+    RecordedMaps,
+    SourceMaps,
+    Term,
+    ground_truth_terms,
+    source_terms,
+)
+from student.recipe import AssistantTerm, LabelTerm, Supervision, TrainConfig
+from student.tinyhd import StudentOutput, TinyHD
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """A label set that a student learns from."""
+
+    name: str
+    """Of its terms: the teacher's name, or the label set's where several are of one teacher."""
+    labels: LabelSet
+    twin: LabelSet | None
+    """What the same teacher says of mirrored frames, if that is there."""
+    term: LabelTerm
+
+    @property
+    def layout(self) -> MapLayout:
+        """The maps of the label set."""
+        return self.labels.layout
+
+
+def find_sources(store: TargetStore, supervision: Supervision) -> list[LabelSource]:
+    """Open the label sets of a recipe, each with its twin of mirrored frames.
+
+    Raises:
+        LabelSetNotFoundError: If there is none of a name, or several.
+        ValueError: If one lacks hierarchical maps that are asked for.
+    """
+    found = [(term, store.label_set(term.labels or None)) for term in supervision.labels]
+    teachers = [labels.teacher for _, labels in found]
+    sources = []
+    for term, labels in found:
+        layout = labels.layout
+        if term.hierarchical and len(layout.hierarchical) != HIERARCHICAL_MAPS:
+            raise ValueError(
+                f"the label set {labels.name} has {len(layout.hierarchical)} hierarchical maps, "
+                "the student four; train with the saliency map alone (--hierarchical-weight 0), "
+                "or choose a label set of a teacher that has them"
+            )
+        twin = _twin(store, labels) if supervision.flip == "labels" else None
+        is_only = teachers.count(labels.teacher) == 1
+        sources.append(LabelSource(labels.teacher if is_only else labels.name, labels, twin, term))
+    return sources
+
+
+def flips(sources: Sequence[LabelSource], supervision: Supervision) -> bool:
+    """Return whether clips are mirrored, and say why not, or what it costs."""
+    if supervision.flip == "none":
+        return False
+    if supervision.flip == "mirror":
+        if sources:
+            log.warning(
+                "targets are mirrored with their frames: a teacher says something else of mirrored "
+                "frames (KL 0.054 in a measurement); label them with: tinyhd distill --variant both"
+            )
+        return True
+    lacking = [source.labels.name for source in sources if source.twin is None]
+    if lacking:
+        log.info(
+            "clips are not mirrored: the store does not hold what the teacher of %s says of "
+            "mirrored frames; add it with: tinyhd distill --variant hflip",
+            lacking[0],
+        )
+    return not lacking
+
+
+def find_recorded(store: TargetStore, supervision: Supervision) -> dict[str, CatalogueVideo]:
+    """Find the videos of the store that have recorded eyes, by their content.
+
+    Raises:
+        DatasetError: If the data set cannot be read.
+        ValueError: If it has recorded eyes of no video of the store.
+    """
+    term = supervision.ground_truth
+    if term is None or not term.data:
+        return {}
+    catalogue = open_catalogue(Path(term.data))
+    by_content = {v.record.content_hash: v for v in catalogue.videos if v.census.labelled}
+    found = {
+        row.id: by_content[row.content_hash]
+        for row in store.videos
+        if row.content_hash in by_content
+    }
+    if not found:
+        raise ValueError(f"{term.data} has recorded eyes of no video in {store.url}")
+    return found
+
+
+def describe_content(
+    config: TrainConfig, sources: Sequence[LabelSource], recorded: Mapping[str, CatalogueVideo]
+) -> ClipContent:
+    """Return what has to be read of each clip."""
+    student, supervision = config.student, config.supervision
+    has_twins = all(source.twin is not None for source in sources)
+    truth = supervision.ground_truth
+    return ClipContent(
+        height=student.height,
+        width=student.width,
+        labels=tuple(source.labels.name for source in sources),
+        flipped=tuple(source.twin.name for source in sources if source.twin) if has_twins else (),
+        target_frames=student.output_frames,
+        lag=target_lag(config),
+        recorded=recorded,
+        with_fixations=bool(truth and truth.nss),
+    )
+
+
+def target_lag(config: TrainConfig) -> int:
+    """Return by how many frames a teacher's maps lie before the frames that they are for."""
+    return int(config.supervision.alignment == "lagged" and config.student.is_multi)
+
+
+class Supervisor:
+    """Computes the terms of batches.
+
+    Args:
+        config: The recipe.
+        sources: The label sets.
+        assistant: A TinyHD that looks at the student's clips, if there is one.
+    """
+
+    def __init__(
+        self, config: TrainConfig, sources: Sequence[LabelSource], assistant: TinyHD | None
+    ) -> None:
+        self._config, self._sources, self._assistant = config, sources, assistant
+
+    @property
+    def num_sources(self) -> int:
+        """Number of label sets."""
+        return len(self._sources)
+
+    def terms(self, output: StudentOutput, batch: Batch, clips: Tensor) -> dict[str, Term]:
+        """Hold the student's output against all that is said of a batch.
+
+        Args:
+            output: What the student said.
+            batch: What was read.
+            clips: The normalised clips, which an assistant looks at.
+        """
+        config, device = self._config, clips.device
+        rule = config.supervision.hierarchical
+        terms: dict[str, Term] = {}
+        for source, planes in zip(self._sources, batch.planes, strict=True):
+            if planes:
+                maps = self._rendered(source, planes, device)
+                terms |= source_terms(source.name, output, maps, source.term, rule)
+        if self._assistant is not None and config.supervision.assistant is not None:
+            maps = ask_assistant(self._assistant, clips, config.student.output_frames)
+            terms |= source_terms("assistant", output, maps, config.supervision.assistant, "auto")
+        if config.supervision.ground_truth is not None and batch.density is not None:
+            fixations = None if batch.fixations is None else batch.fixations.to(device)
+            recorded = RecordedMaps(batch.density.to(device), fixations)
+            terms |= ground_truth_terms(output, recorded, config.supervision.ground_truth)
+        return terms
+
+    def saliency_of(
+        self, number: int, planes: Mapping[str, Tensor], device: torch.device
+    ) -> Tensor:
+        """Return the saliency maps of a label set, ``(B, T, H, W)``."""
+        student, layout = self._config.student, self._sources[number].layout
+        return render_batch(planes, layout, (), student.height, student.width, device).saliency
+
+    def name_of(self, number: int) -> str:
+        """Return what a label set's terms are called by."""
+        return self._sources[number].name
+
+    def _rendered(
+        self, source: LabelSource, planes: Mapping[str, Tensor], device: torch.device
+    ) -> SourceMaps:
+        layout, student = source.layout, self._config.student
+        names = layout.hierarchical if source.term.hierarchical else ()
+        return render_batch(planes, layout, names, student.height, student.width, device)
+
+
+def render_batch(
+    planes: Mapping[str, Tensor],
+    layout: MapLayout,
+    hierarchical: Sequence[str],
+    height: int,
+    width: int,
+    device: torch.device,
+) -> SourceMaps:
+    """Turn stored planes ``(B, T, map, y, x)`` into maps at the student's size."""
+    clips, frames = next(iter(planes.values())).shape[:2]
+    flat = {name: values.to(device).flatten(0, 1) for name, values in planes.items()}
+    names = [layout.saliency, *hierarchical]
+    maps = render_maps(flat, layout, names, height=height, width=width)
+    unflat = {name: values.view(clips, frames, height, width) for name, values in maps.items()}
+    stacked = torch.stack([unflat[name] for name in hierarchical], 1) if hierarchical else None
+    return SourceMaps(unflat[layout.saliency], stacked)
+
+
+@torch.no_grad()
+def ask_assistant(assistant: TinyHD, clips: Tensor, frames: int) -> SourceMaps:
+    """Return what a TinyHD says of the newest frames of clips; of d1, all that it says.
+
+    Args:
+        assistant: The network.
+        clips: Normalised clips, ``(B, 3, 16, H, W)``.
+        frames: Newest frames that are wanted.
+    """
+    output = assistant(clips)
+    saliency = output.saliency.flatten(1, -3)[:, -frames:].float()
+    hierarchical = output.maps.get("d1")
+    if hierarchical is not None and hierarchical.shape[2] > 1:
+        hierarchical = hierarchical[:, :, -frames:]
+    return SourceMaps(saliency, None if hierarchical is None else hierarchical.float())
+
+
+def load_assistant(term: AssistantTerm, config: TrainConfig, device: str) -> TinyHD:
+    """Load the assistant, ready to look at the student's clips.
+
+    Raises:
+        CheckpointError: If its file cannot be read.
+        ValueError: If it does not say what is asked of it.
+    """
+    model = load_model(Path(term.checkpoint))
+    theirs, ours = model.config, config.student
+    if theirs.output_frames < ours.output_frames:
+        raise ValueError(
+            f"the assistant {term.checkpoint} maps {theirs.output_frames} frames of a clip, the "
+            f"student {ours.output_frames}; have it label the videos instead: tinyhd distill "
+            f"--teacher assistant --weights {term.checkpoint}"
+        )
+    if term.hierarchical and "d1" not in theirs.decoders:
+        raise ValueError(
+            f"the assistant {term.checkpoint} has no decoder d1, and so no hierarchical maps; give "
+            "that term the weight 0"
+        )
+    if (theirs.height, theirs.width) != (ours.height, ours.width):
+        log.warning(
+            "the assistant was trained on frames of %dx%d, and looks at %dx%d",
+            *(theirs.height, theirs.width, ours.height, ours.width),
+        )
+    return model.for_inference().to(device).requires_grad_(requires_grad=False)
+
+
+def _twin(store: TargetStore, labels: LabelSet) -> LabelSet | None:
+    """Return what the same teacher says of mirrored frames."""
+    if labels.request.variant != "identity":
+        return None
+    name = replace(labels.request, variant="hflip").name
+    try:
+        return store.label_set(name)
+    except TargetStoreError:
+        return None

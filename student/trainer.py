@@ -1,0 +1,319 @@
+"""The verbs of the training loop: step, validate, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from stores.errors import TinyHDError
+from stores.progress import Progress
+from student.checkpoints import CheckpointError, read_checkpoint
+from student.clips import Batch, ClipError
+from student.losses import Losses, add_terms
+from student.pools import ClipKey
+from student.recipe import Optimisation, TrainConfig
+from student.runs import RunDir
+from student.supervision import Supervisor
+from student.tinyhd import TinyHD, normalise_frames
+from student.validation import Validation, validate
+
+log = logging.getLogger(__name__)
+
+FEW_BAD_CLIPS: Final = 5
+"""So many do not end training: at its beginning they would be a large share."""
+
+
+class TrainingError(TinyHDError):
+    """Training cannot start or go on."""
+
+
+@dataclass
+class TrainState:
+    """Where training is."""
+
+    epoch: int = 0
+    step: int = 0
+    """Updates so far."""
+    batch: int = 0
+    """Batches of the epoch so far."""
+    clips: int = 0
+    """Clips read so far, or tried to read, in training and validation."""
+    bad_clips: int = 0
+    """Those of them that could not be read, and were replaced."""
+    best: float = math.inf
+    """Least total of a validation."""
+    validation: Mapping[str, float] = field(default_factory=dict)
+    """Of the last epoch that was validated."""
+    is_complete: bool = False
+
+
+class Stop:
+    """Whether training is to end after the current step."""
+
+    is_set = False
+
+
+def build_optimizer(model: TinyHD, config: Optimisation) -> torch.optim.SGD:
+    """Return SGD with the paper's groups: the encoder learns at half the rate, biases at double.
+
+    Biases do not decay; weights of batch norms do, as in the published recipe.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        is_bias = name.endswith("bias")
+        scale = (0.5 if name.startswith("encoder") else 1.0) * (2.0 if is_bias else 1.0)
+        decay = 0.0 if is_bias else config.weight_decay
+        groups.setdefault((scale, decay), []).append(parameter)
+    return torch.optim.SGD(
+        [
+            {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+            for (scale, decay), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+    )
+
+
+class Trainer:
+    """A student, and all that changes while it is trained.
+
+    Args:
+        model: The student, where it is trained.
+        config: How.
+        supervisor: Computes the terms.
+        run: Its folder.
+    """
+
+    def __init__(
+        self, model: TinyHD, config: TrainConfig, supervisor: Supervisor, run: RunDir
+    ) -> None:
+        how = config.optimisation
+        self._model, self._config, self._how = model, config, how
+        self._supervisor, self._run = supervisor, run
+        self._device = next(model.parameters()).device
+        self.optimizer = build_optimizer(model, how)
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=how.precision == "float16")
+        self._average = (
+            AveragedModel(model, multi_avg_fn=_moving_average(how.ema), use_buffers=True)
+            if how.ema is not None
+            else None
+        )
+        self._forward = torch.compile(model) if how.compile else model
+        self.state = TrainState()
+        self._saved_at = time.monotonic()
+        self._warned: set[str] = set()
+        self._bad_told = 0
+
+    def resume(self) -> None:
+        """Go on from the run's last checkpoint, if it has one.
+
+        Raises:
+            CheckpointError: If that is of another network, or none to continue from.
+        """
+        checkpoint, run = self._run.checkpoint, self._run
+        if checkpoint is None:
+            return
+        try:
+            self._model.load_state_dict(checkpoint["weights"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self._scaler.load_state_dict(checkpoint["scaler"])
+            if self._average is not None:
+                self._average.load_state_dict(checkpoint["average"])
+            torch.set_rng_state(checkpoint["random_state"])
+            self.state = TrainState(**{name: checkpoint[name] for name in _SAVED})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{run.last} does not fit this run: it is of another network, or not one to "
+                "continue from; choose another --out"
+            ) from error
+        self._bad_told = self.state.bad_clips
+        log.info("continuing %s after step %d", run.path, self.state.step)
+        threads, now = checkpoint.get("threads"), torch.get_num_threads()
+        is_unfinished = self.state.epoch < self._how.epochs
+        if threads not in (None, now) and self._device.type == "cpu" and is_unfinished:
+            log.warning(
+                "%s was trained with %s CPU threads, and goes on with %d: sums in another order "
+                "differ in their last digits from what it would have given (OMP_NUM_THREADS=%s "
+                "keeps them)",
+                *(run.path, threads, now, threads),
+            )
+
+    def begin_epoch(self) -> None:
+        """Set the learning rate; where it falls, go back to the best weights (TinyHD's recipe)."""
+        how, state = self._how, self.state
+        rate = how.learning_rate_at(state.epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        falls = how.schedule == "paper" and state.epoch in how.milestones and state.epoch
+        if how.reload_best and falls and not state.batch and self._run.best.exists():
+            best = read_checkpoint(self._run.best)
+            self._model.load_state_dict(best["weights"])
+            log.info(
+                "epoch %d: back to the weights of step %d, the best", state.epoch + 1, best["step"]
+            )
+
+    def run_epoch(
+        self, batches: Iterator[Batch], stop: Stop, progress: Progress, checkpoint_seconds: float
+    ) -> None:
+        """Train on what is left of an epoch, or until a signal comes."""
+        state, epochs = self.state, self._how.epochs
+        rate = self._how.learning_rate_at(state.epoch)
+        self._model.train()
+        for batch in self._counted(batches):
+            losses = self.train_step(batch)
+            state.step += 1
+            state.batch += 1
+            terms = {name: term.item() for name, term in losses.terms.items()}
+            total = losses.total.item()
+            values = {"total": total, **terms, "learning_rate": rate, "bad_clips": state.bad_clips}
+            self._run.log("training", state.step, values)
+            note = f"epoch {state.epoch + 1} of {epochs}, loss {total:.3f}"
+            progress.advance(len(batch.keys), note=note)
+            if stop.is_set or time.monotonic() - self._saved_at >= checkpoint_seconds:
+                self.save(is_best=False)
+            if stop.is_set:
+                return
+
+    def train_step(self, batch: Batch) -> Losses:
+        """Make one update.
+
+        Raises:
+            TrainingError: If the loss is not finite.
+        """
+        clips = normalise_frames(batch.frames.to(self._device))
+        with self._autocast():
+            output = self._forward(clips)
+            terms = self._supervisor.terms(output, batch, clips)
+        losses = add_terms(terms)
+        if not losses.total.isfinite():
+            raise TrainingError(
+                f"the loss of step {self.state.step + 1} is not finite, on the clips "
+                f"{_describe(batch.keys)}; the last checkpoint is from before it; "
+                "try a smaller learning rate"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        scaled: Tensor = self._scaler.scale(losses.total)
+        torch.autograd.backward(scaled)
+        if self._how.clip_gradient is not None:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._how.clip_gradient)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        if self._average is not None:
+            self._average.update_parameters(self._model)
+        return losses
+
+    def end_epoch(self, validation: Iterator[Batch] | None) -> None:
+        """Validate, keep a checkpoint, and go on to the next epoch.
+
+        Raises:
+            TrainingError: If the validation gives no number.
+        """
+        state = self.state
+        is_best = True
+        if validation is not None:
+            found = self._validate(validation)
+            self._run.log("validation", state.step, found.values)
+            is_best = found.total < state.best
+            state.best = min(found.total, state.best)
+            state.validation = dict(found.values)
+            log.info(
+                "epoch %d of %d, step %d, held out: %s%s",
+                *(state.epoch + 1, self._how.epochs, state.step, found),
+                " (the best so far)" if is_best else "",
+            )
+        if state.bad_clips > self._bad_told:
+            self._bad_told = state.bad_clips
+            log.warning(
+                "%d of %d clips so far could not be read, and were replaced by others",
+                *(state.bad_clips, state.clips),
+            )
+        state.epoch += 1
+        state.batch = 0
+        self.save(is_best=is_best)
+
+    def save(self, *, is_best: bool) -> None:
+        """Keep everything that the next step depends on."""
+        self._run.save(
+            self._model,
+            best_model=self._averaged() if is_best else None,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self._scaler.state_dict(),
+            average=self._average.state_dict() if self._average is not None else None,
+            random_state=torch.get_rng_state(),
+            threads=torch.get_num_threads(),
+            **{name: getattr(self.state, name) for name in _SAVED},
+        )
+        self._saved_at = time.monotonic()
+
+    def _averaged(self) -> TinyHD:
+        """Return the model that is validated: the moving average, if there is one."""
+        if self._average is None:
+            return self._model
+        model: Any = self._average.module
+        assert isinstance(model, TinyHD)
+        return model
+
+    def _validate(self, batches: Iterator[Batch]) -> Validation:
+        found = validate(self._averaged(), self._counted(batches), self._supervisor)
+        if not math.isfinite(found.total):
+            raise TrainingError(
+                f"the validation after step {self.state.step} gave a total of {found.total}; the "
+                "last checkpoint is from before it"
+            )
+        return found
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._how.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=getattr(torch, self._how.precision))
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches, after a look at what was replaced in them.
+
+        Raises:
+            TrainingError: If too many clips could not be read.
+        """
+        try:
+            for batch in batches:
+                self._count(batch)
+                yield batch
+        except ClipError as error:
+            raise TrainingError(str(error)) from error
+
+    def _count(self, batch: Batch) -> None:
+        state, limit = self.state, self._config.sampling.max_bad_share
+        state.clips += len(batch.keys) + len(batch.bad)
+        state.bad_clips += len(batch.bad)
+        for clip in batch.bad:
+            if clip.source not in self._warned:
+                self._warned.add(clip.source)
+                log.warning("%s; other clips are taken instead", clip.reason)
+        few = FEW_BAD_CLIPS if limit else 0
+        if batch.bad and state.bad_clips > max(few, limit * state.clips):
+            raise TrainingError(
+                f"{state.bad_clips} of the {state.clips} clips so far could not be read, more than "
+                f"the share of {limit:g} that may be; at last: {batch.bad[-1].reason}; mend what "
+                "is damaged, or allow more with --max-bad-share, and continue the run"
+            )
+
+
+_SAVED: Final = ("epoch", "step", "batch", "best", "clips", "bad_clips", "validation")
+
+
+def _moving_average(decay: float) -> Any:  # noqa: ANN401 - PyTorch's, which has no types
+    make: Any = get_ema_multi_avg_fn
+    return make(decay)
+
+
+def _describe(keys: list[ClipKey]) -> str:
+    return ", ".join(f"{key.video}:{key.last}" for key in keys)
