@@ -399,20 +399,21 @@ def train_command(
     Example:
         python cli.py train --store targets.zarr --out runs/first
     """
-    from student import train
-    from student.experiment import read_recipe
+    from student.experiment import gather_values
     from student.memory import keep_freed_memory
+    from student.stages import build_stages, train_stages
 
     keep_freed_memory()
     if not (recipe_file or preset or shortcuts["variant"]):
         shortcuts["variant"] = "tinyhd-s-rc4"
-    config = read_recipe(
-        recipe_file, preset=preset, changes=(*changes, *_recipe_changes(shortcuts))
-    )
-    state = train(
+    own = (*changes, *_recipe_changes(shortcuts))
+    stages = build_stages(gather_values(recipe_file, preset=preset, changes=own))
+    if stages[-1].name:
+        click.echo(f"stages: {', '.join(stage.name for stage in stages)}")
+    state = train_stages(
         store,
         out,
-        config,
+        stages,
         videos_root=videos_root,
         device=device or _best_device(),
         loader_workers=loader_workers,
@@ -420,12 +421,32 @@ def train_command(
     if not state.is_complete:
         click.echo(f"stopped after step {state.step}; run the same command again to continue")
         sys.exit(EXIT_INTERRUPTED)
-    click.echo(f"{out}: {state.step} steps done, weights in {out / 'last.pt'}")
+    folder = out / stages[-1].name if stages[-1].name else out
+    click.echo(f"{folder}: {state.step} steps done, weights in {folder / 'last.pt'}")
     if state.bad_clips:
         click.echo(f"{state.bad_clips} of {state.clips} clips could not be read, and were replaced")
     if state.validation:
         told = ", ".join(f"{name} {value:.4f}" for name, value in state.validation.items())
         click.echo(f"on held-out clips: {told}")
+
+
+@cli.command("runs")
+@click.argument(
+    "folders",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
+def runs_command(*, folders: tuple[Path, ...]) -> None:
+    """Compare the training runs in FOLDERS: what each was trained from, and its best validation.
+
+    \b
+    Example:
+        python cli.py runs runs/
+    """
+    from student.comparison import compare_runs, find_runs
+
+    click.echo(compare_runs(find_runs(folders)))
 
 
 @cli.group("data")

@@ -74,6 +74,17 @@ def read_recipe(
     Raises:
         RecipeError: If a key is unknown or a value is not allowed; it says where.
     """
+    return build_recipe(gather_values(file, preset=preset, changes=changes))
+
+
+def gather_values(
+    file: Path | None = None, *, preset: str | None = None, changes: Iterable[str] = ()
+) -> Plain:
+    """Put the values of a recipe together, as :func:`read_recipe`, without a look at them.
+
+    Raises:
+        RecipeError: If there is no such preset, or a file or a change cannot be read.
+    """
     values: Plain = {}
     if preset is not None:
         known = presets()
@@ -81,10 +92,10 @@ def read_recipe(
             raise RecipeError(f"there is no preset {preset!r}{_nearest(preset, known)}")
         values = known[preset]
     if file is not None:
-        values = _merge(values, _read_yaml(file))
+        values = merge_values(values, _read_yaml(file))
     for change in changes:
-        values = _merge(values, _parse_change(change))
-    return build_recipe(values)
+        values = merge_values(values, _parse_change(change))
+    return values
 
 
 def build_recipe(values: Mapping[str, Any]) -> TrainConfig:
@@ -170,12 +181,13 @@ def _parse_change(change: str) -> Plain:
     return dict(value)
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Plain:
+def merge_values(below: Mapping[str, Any], above: Mapping[str, Any]) -> Plain:
+    """Lay values over others; nested ones are laid over each other, lists replaced."""
     merged = dict(below)
     for key, value in above.items():
         before = merged.get(key)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            value = _merge(before, value)
+            value = merge_values(before, value)
         merged[key] = value
     return merged
 

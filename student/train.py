@@ -233,9 +233,12 @@ def _identity(
     settings = asdict(config)
     # Whoever has mended some of the damage may allow for the rest.
     del settings["sampling"]["max_bad_share"]
-    files = {"start": config.start}
+    # Files are known by what is in them, wherever they lie.
+    files = {"start": settings.pop("start")}
     if config.supervision.assistant is not None:
-        files["assistant"] = config.supervision.assistant.checkpoint
+        files["assistant"] = settings["supervision"]["assistant"].pop("checkpoint")
+    if config.supervision.ground_truth is not None:
+        del settings["supervision"]["ground_truth"]["data"]
     return {
         **settings,
         "label_sets": {source.labels.name: source.labels.fingerprint for source in sources},

@@ -1,0 +1,134 @@
+"""A run of several stages: wider students teach narrower ones (TinyHD's teacher assistants)."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from student.experiment import RecipeError, build_recipe, merge_values, write_recipe
+from student.recipe import TrainConfig
+from student.train import TrainState, train
+
+log = logging.getLogger(__name__)
+
+STAGES: Final = "stages"
+NAME: Final = re.compile(r"\w[\w.-]*")
+REFERENCE: Final = "stage:"
+RECIPE: Final = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a run."""
+
+    name: str
+    """Of its folder, and of its student in later stages; empty where there is one stage alone."""
+    config: TrainConfig
+
+    @property
+    def needs(self) -> list[str]:
+        """Names of the stages whose students it needs."""
+        assistant = self.config.supervision.assistant
+        given = [self.config.start, assistant.checkpoint if assistant is not None else ""]
+        return [path.removeprefix(REFERENCE) for path in given if path.startswith(REFERENCE)]
+
+
+def build_stages(values: Mapping[str, Any]) -> list[Stage]:
+    """Build the stages of a recipe: each is the recipe with its own values laid over it.
+
+    Args:
+        values: A recipe's values; ``stages`` is a list of such values, each with a ``name``.
+
+    Raises:
+        RecipeError: If a key is unknown, a value not allowed, or a stage needs one that does not
+            come before it.
+    """
+    common = {key: value for key, value in values.items() if key != STAGES}
+    if STAGES not in values:
+        return [Stage("", build_recipe(common))]
+    given = values[STAGES]
+    if not isinstance(given, list) or not given:
+        raise RecipeError("stages must be a list of recipes, each with a name")
+    stages: list[Stage] = []
+    for number, own in enumerate(given):
+        if not isinstance(own, Mapping) or not NAME.fullmatch(str(own.get("name", ""))):
+            raise RecipeError(f"stages[{number}] needs a name of letters, digits, '.', '_' and '-'")
+        name = str(own["name"])
+        if name in [stage.name for stage in stages]:
+            raise RecipeError(f"two stages are called {name!r}")
+        rest = {key: value for key, value in own.items() if key != "name"}
+        try:
+            stage = Stage(name, build_recipe(merge_values(common, rest)))
+        except RecipeError as error:
+            raise RecipeError(f"stage {name}: {error}") from error
+        before = [stage.name for stage in stages]
+        if missing := [needed for needed in stage.needs if needed not in before]:
+            raise RecipeError(
+                f"stage {name} needs the student of {missing[0]!r}, which does not come before it; "
+                f"there are {', '.join(before) or 'none'}"
+            )
+        stages.append(stage)
+    return stages
+
+
+def train_stages(
+    store: str | Path,
+    out: Path,
+    stages: Sequence[Stage],
+    **options: Any,  # noqa: ANN401 - of train
+) -> TrainState:
+    """Train one stage after the other; what is finished is not begun anew.
+
+    Each has a folder of its own below ``out``, a single stage ``out`` itself. A stage begins when
+    the ones that it needs are finished, with their best weights.
+
+    Args:
+        store: Path or URL of the target store.
+        out: Folder of the run.
+        stages: What is trained, in this order.
+        options: As of :func:`student.train.train`.
+
+    Returns:
+        Where the last stage is, or the one that was stopped.
+    """
+    state = TrainState()
+    for number, stage in enumerate(stages):
+        folder = out / stage.name if stage.name else out
+        if stage.name:
+            log.info("stage %d of %d: %s", number + 1, len(stages), stage.name)
+        config = _with_students(stage.config, out)
+        state = train(store, folder, config, **options)
+        _keep_recipe(folder, config)
+        if not state.is_complete:
+            break
+    return state
+
+
+def _with_students(config: TrainConfig, out: Path) -> TrainConfig:
+    """Return a stage's recipe with the checkpoints of the stages that it names."""
+    start = _checkpoint_of(config.start, out)
+    supervision = config.supervision
+    if supervision.assistant is not None:
+        path = _checkpoint_of(supervision.assistant.checkpoint, out)
+        supervision = replace(
+            supervision, assistant=replace(supervision.assistant, checkpoint=path)
+        )
+    return replace(config, start=start, supervision=supervision)
+
+
+def _checkpoint_of(given: str, out: Path) -> str:
+    if not given.startswith(REFERENCE):
+        return given
+    return str(out / given.removeprefix(REFERENCE) / "best.pt")
+
+
+def _keep_recipe(folder: Path, config: TrainConfig) -> None:
+    """Leave the recipe, complete, as a file that can be trained from again."""
+    path = folder / RECIPE
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(write_recipe(config), encoding="utf-8")
+    partial.replace(path)
