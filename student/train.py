@@ -8,7 +8,7 @@ import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -88,8 +88,12 @@ def train(
     pools = _find_pools(opened, config, sources, is_flipping=is_flipping)
     content = describe_content(config, sources, recorded)
     dataset = ClipDataset(store, content, videos_root=videos_root)
+    # Recorded eyes are scored at fixations, too, which training need not read.
+    scored = replace(content, with_fixations=True)
+    validating = ClipDataset(store, scored, videos_root=videos_root)
     _check_device(device)
-    if not dataset.find_frames(sorted(pools.training.keys() | pools.validation.keys())):
+    has_frames = dataset.find_frames(sorted(pools.training))
+    if not (validating.find_frames(sorted(pools.validation)) and has_frames):
         log.warning(
             "frames are decoded from the videos for every clip; "
             "tinyhd distill --with-frames %dx%d would make training faster",
@@ -150,7 +154,7 @@ def train(
                     spares = Spares(pools.validation, config.seed)
                     size = how.batch_size * 2
                     trainer.end_epoch(
-                        load_batches(dataset, validation, batch_size=size, spares=spares)
+                        load_batches(validating, validation, batch_size=size, spares=spares)
                         if validation
                         else None
                     )
