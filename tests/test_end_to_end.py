@@ -14,8 +14,10 @@ from cli import cli
 from stores.targets import TargetStore
 from student.agreement import compare_with_teacher
 from student.checkpoints import load_model
-from student.clips import ClipDataset, ClipKey, load_batches, split_clips
+from student.clips import ClipContent, ClipDataset, load_batches
 from student.config import build_config
+from student.pools import ClipKey, find_pools
+from student.recipe import Sampling
 from student.tinyhd import TinyHD
 
 FRAMES = 60
@@ -68,8 +70,11 @@ def test_a_student_learns_from_a_store_that_a_published_network_filled(
 
     labels = TargetStore.open(store).label_set()
     assert labels.request.provenance["weights_sha256"]
-    dataset = ClipDataset(str(store), labels.name, height=SIZE[0], width=SIZE[1])
-    spans = split_clips(labels, holdout=HOLDOUT).validation.items()
+    content = ClipContent(height=SIZE[0], width=SIZE[1], labels=(labels.name,))
+    dataset = ClipDataset(str(store), content)
+    sampling = Sampling(holdout=HOLDOUT)
+    pools = find_pools(labels.store.videos, [labels], sampling, target_frames=1)
+    spans = pools.validation.items()
     kept = [ClipKey(video, last) for video, ranges in spans for span in ranges for last in span]
     assert len(kept) == 24 - 15
     torch.manual_seed(0)

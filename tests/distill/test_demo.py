@@ -33,8 +33,8 @@ def test_demo_makes_report_picture_and_video(tmp_path: Path, local_ray: None) ->
     config = replace(
         CONFIG,
         student=build_config("tinyhd-s-rc4", height=32, width=32),
-        epochs=1,
-        clips_per_video=2,
+        sampling=replace(CONFIG.sampling, clips_per_video=2),
+        optimisation=replace(CONFIG.optimisation, epochs=1),
     )
     report = run_demo(tmp_path / "demo", config)
     assert report is not None

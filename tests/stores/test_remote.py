@@ -78,7 +78,8 @@ def test_videos_are_labelled_and_trained_from_there(
 ) -> None:
     """The same bytes as on a disk; a second run does nothing; the trainer's data set reads it."""
     from distill import DistillSettings, label_videos
-    from student.clips import ClipDataset, ClipKey, load_batches
+    from student.clips import ClipContent, ClipDataset, load_batches
+    from student.pools import ClipKey
 
     settings = DistillSettings(
         teacher="pqft", size=(64, 64), executor="inline", with_frames=(32, 32), shard_frames=16
@@ -92,7 +93,8 @@ def test_videos_are_labelled_and_trained_from_there(
         assert remote.read(key) == local.read(key), key
     assert label_videos([video_folder], url, settings).shards == 0
     assert verify_store(url).problems == []
-    dataset = ClipDataset(url, TargetStore.open(url).label_set().name, height=32, width=32)
+    name = TargetStore.open(url).label_set().name
+    dataset = ClipDataset(url, ClipContent(height=32, width=32, labels=(name,)))
     clips = [ClipKey("long", 20), ClipKey("short", 23)]
     batches = load_batches(dataset, clips, batch_size=2, workers=1)
     assert [tuple(batch.frames.shape) for batch in batches] == [(2, 16, 32, 32, 3)]

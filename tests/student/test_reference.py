@@ -10,6 +10,7 @@ from torch import Tensor
 
 from student.checkpoints import save_checkpoint
 from student.config import TinyHDConfig, build_config
+from student.recipe import Optimisation
 from student.reference import (
     WeightsError,
     export_weights,
@@ -19,7 +20,7 @@ from student.reference import (
     read_weights,
 )
 from student.tinyhd import TinyHD
-from student.train import TrainConfig, build_optimizer
+from student.trainer import build_optimizer
 from tests.student.networks import CONFIGS, PUBLISHED, fill_value, fill_weights
 
 
@@ -184,7 +185,7 @@ def test_inflation_says_what_does_not_fit() -> None:
 def test_optimiser_treats_every_tensor_as_published(shared: Path) -> None:
     golden = json.loads((shared / "goldens" / "student" / "optim_groups_m_rc4.json").read_text())
     model = TinyHD(build_config("tinyhd-m-rc4"))
-    names, config = published_names(model), TrainConfig()
+    names, config = published_names(model), Optimisation()
     name_of = {id(parameter): names[name] for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(model, config)
     found = {
