@@ -359,7 +359,7 @@ def _list_presets(context: click.Context, _parameter: click.Parameter, given: bo
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights and clips.  [default: 0]")
 @click.option(
     "--max-bad-share",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=click.FloatRange(0, 1),
     help="Share of the clips that may be unreadable, and replaced.  [default: 0.05]",
 )
 @click.option(

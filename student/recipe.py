@@ -145,11 +145,10 @@ class Sampling:
         for name in ("clips_per_video", "validation_clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("holdout", "max_bad_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 0 and less than 1, got {getattr(self, name)}"
-                )
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout must be at least 0 and less than 1, got {self.holdout}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share must be from 0 to 1, got {self.max_bad_share}")
         if self.unlabelled is not None and not 0 <= self.unlabelled < math.inf:
             raise ValueError(f"unlabelled must not be negative, got {self.unlabelled}")
 
