@@ -134,7 +134,9 @@ def ground_truth_terms(
     saliency = fused.float().sigmoid()
     if weights.cc:
         is_seen = _says_something(maps.density)
-        found = 1 - correlation(_filled(maps.density, is_seen), saliency)
+        # Ones everywhere would do here, if a constant map had a correlation, and that a gradient.
+        density = maps.density.where(is_seen[..., None, None], saliency.detach())
+        found = 1 - correlation(density, saliency)
         terms["ground_truth/cc"] = _mean(found, is_seen, weights.cc)
     if weights.nss:
         if maps.fixations is None:
