@@ -404,9 +404,9 @@ def train_command(
     from student.stages import build_stages, train_stages
 
     keep_freed_memory()
-    if not (recipe_file or preset or shortcuts["variant"]):
-        shortcuts["variant"] = "tinyhd-s-rc4"
-    own = (*changes, *_recipe_changes(shortcuts))
+    own = [*changes, *_recipe_changes(shortcuts)]
+    if not (recipe_file or preset):
+        own.insert(0, "student.variant=tinyhd-s-rc4")
     stages = build_stages(gather_values(recipe_file, preset=preset, changes=own))
     if stages[-1].name:
         click.echo(f"stages: {', '.join(stage.name for stage in stages)}")

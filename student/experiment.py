@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,10 @@ from student.config import VARIANTS
 from student.recipe import TrainConfig
 
 Plain = dict[str, Any]
+MAX_DEPTH: Final = 32
+"""Lists and mappings in each other that a recipe may have; no recipe needs half as many."""
+SIZES: Final = ("height", "width")
+"""Fields of a student that its variant does not decide."""
 
 
 class RecipeError(TinyHDError):
@@ -116,7 +121,7 @@ def build_recipe(values: Mapping[str, Any]) -> TrainConfig:
         )
     except dacite.WrongTypeError as error:
         raise RecipeError(
-            f"{error.field_path}: {error.value!r} is not allowed there; it is "
+            f"{error.field_path}: {reprlib.repr(error.value)} is not allowed there; it is "
             f"{_type_name(error.field_type)}"
         ) from error
     except (dacite.DaciteError, ValueError, TypeError) as error:
@@ -139,27 +144,49 @@ def _student(given: object) -> object:
     variant = rest.pop("variant", None)
     size = rest.pop("size", None)
     if variant is not None:
-        if variant not in VARIANTS:
-            raise RecipeError(
-                f"student.variant: there is no {variant!r}{_nearest(str(variant), VARIANTS)}"
-            )
-        rest = {**VARIANTS[variant].to_dict(), **rest}
+        if not isinstance(variant, str) or variant not in VARIANTS:
+            told = reprlib.repr(variant)
+            raise RecipeError(f"student.variant: there is no {told}{_nearest(told, VARIANTS)}")
+        fields_of_it = VARIANTS[variant].to_dict()
+        rest = {**{n: v for n, v in fields_of_it.items() if n not in SIZES}, **rest}
     if size is not None:
         height, _, width = str(size).partition("x")
         if not (height.isdecimal() and width.isdecimal()):
-            raise RecipeError(f"student.size: {size!r} is not HEIGHTxWIDTH, such as 192x256")
+            told = reprlib.repr(size)
+            raise RecipeError(f"student.size: {told} is not HEIGHTxWIDTH, such as 192x256")
         rest |= {"height": int(height), "width": int(width)}
     return rest
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads plain values, without what makes a few lines endless: depth, and aliases."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias (*) is not read", problem_mark=mark)
+        if self.depth >= MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="too many levels", problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _load(text: str) -> Any:  # noqa: ANN401 - plain values
+    return yaml.load(text, Loader=_Loader)
+
+
 def _read_yaml(file: Path) -> Plain:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = _load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         told = " ".join(str(error).split())
-        raise RecipeError(f"{file} is no YAML: {told}") from error
+        raise RecipeError(f"{file} is no YAML of plain values: {told}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -172,20 +199,24 @@ def _parse_change(change: str) -> Plain:
     if not (key and equals):
         raise RecipeError(f"--set takes KEY=VALUE, got {change!r}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {change}: the value is no YAML") from error
-    # YAML takes 1e-3 for text; whoever types it means a number.
+        value = _load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"--set {change}: the value is no YAML of plain values") from error
     for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)
 
 
 def merge_values(below: Mapping[str, Any], above: Mapping[str, Any]) -> Plain:
-    """Lay values over others; nested ones are laid over each other, lists replaced."""
+    """Lay values over others; nested ones are laid over each other, lists replaced.
+
+    A student's variant decides all its fields but the size, whatever they were below.
+    """
     merged = dict(below)
     for key, value in above.items():
         before = merged.get(key)
+        if key == "student":
+            before, value = _student(before), _student(value)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             value = merge_values(before, value)
         merged[key] = value
@@ -201,6 +232,13 @@ def _check_keys(values: Mapping[str, Any], kind: type, where: str) -> None:
         if key not in known:
             names = [f"{where}{name}" for name in known]
             raise RecipeError(f"there is no key {path!r}{_nearest(path, names)}")
+        hint = hints[key]
+        kinds = (hint, *typing.get_args(hint))
+        # Python takes truth for a number.
+        is_truth = isinstance(value, bool) and bool not in kinds and {int, float} & {*kinds}
+        if is_truth or (typing.get_origin(hint) is tuple and not isinstance(value, list | tuple)):
+            told = reprlib.repr(value)
+            raise RecipeError(f"{path}: {told} is not allowed there; it is {_type_name(hint)}")
         inner = _inner_class(hints[key])
         if inner is None:
             continue
@@ -260,6 +298,8 @@ def _type_name(kind: object) -> str:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "a list"
     if kind is type(None):
         return "nothing (null)"
     return getattr(kind, "__name__", str(kind))

@@ -15,15 +15,20 @@ Alignment = Literal["aligned", "lagged"]
 HierarchicalRule = Literal["auto", "identity", "mean"]
 Flip = Literal["labels", "mirror", "none"]
 
+MAX_SEED: Final = 2**32
 MILESTONES: Final = (0.5, 0.75, 0.9)
 """Shares of all epochs after which the learning rate falls to a tenth (TinyHD: 100, 150, 180)."""
 
 
+def _weights_of(term: object) -> dict[str, float]:
+    values = {item.name: getattr(term, item.name) for item in fields(term)}  # type: ignore[arg-type]
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
 def _check_weights(term: object) -> None:
-    for item in fields(term):  # type: ignore[arg-type]
-        value = getattr(term, item.name)
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise ValueError(f"the weight {item.name} must not be negative, got {value}")
+    for name, value in _weights_of(term).items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"the weight {name} must not be negative, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,11 @@ class TermWeights:
 
     def __post_init__(self) -> None:
         _check_weights(self)
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether any of the terms counts."""
+        return any(_weights_of(self).values())
 
     @property
     def decoders(self) -> tuple[DecoderName, ...]:
@@ -86,6 +96,11 @@ class GroundTruthTerm:
         _check_weights(self)
 
     @property
+    def has_weight(self) -> bool:
+        """Whether any of the terms counts."""
+        return any(_weights_of(self).values())
+
+    @property
     def decoders(self) -> tuple[DecoderName, ...]:
         """Decoders that the terms are about."""
         weights: dict[DecoderName, float] = {"d2": self.d2, "d3": self.d3}
@@ -114,6 +129,15 @@ class Supervision:
         if not (self.labels or self.assistant or self.ground_truth):
             raise ValueError(
                 "there is nothing to learn from: name labels, assistant or ground_truth"
+            )
+        terms = (*self.labels, self.assistant, self.ground_truth)
+        if not any(term is not None and term.has_weight for term in terms):
+            raise ValueError("there is nothing to learn from: all terms have the weight 0")
+        weightless = [term.labels for term in self.labels if not term.has_weight]
+        if weightless and self.mixing == "one_per_batch":
+            raise ValueError(
+                f"the label set {weightless[0]!r} has no weight, and so its batches nothing to "
+                "learn from; leave it out"
             )
         names = [term.labels for term in self.labels]
         if twice := [name for name in names if names.count(name) > 1]:
@@ -181,6 +205,12 @@ class Optimisation:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and less than 1, got {self.momentum}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"weight_decay must not be negative or infinite, got {self.weight_decay}"
+            )
         if self.clip_gradient is not None and not self.clip_gradient > 0:
             raise ValueError(f"clip_gradient must be positive, got {self.clip_gradient}")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -197,7 +227,7 @@ class Optimisation:
     @property
     def milestones(self) -> tuple[int, ...]:
         """Epochs, counted from 0, that begin with a lower rate in the paper's schedule."""
-        return tuple(round(share * self.epochs) for share in MILESTONES)
+        return tuple(max(1, round(share * self.epochs)) for share in MILESTONES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +246,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"seed must be from 0 to {MAX_SEED - 1}, got {self.seed}")
         supervision = self.supervision
         terms: list[Any] = [*supervision.labels, supervision.assistant, supervision.ground_truth]
         for term in filter(None, terms):
@@ -224,3 +256,10 @@ class TrainConfig:
                     f"a term is about the decoder {missing[0]}, the student has "
                     f"{', '.join(self.student.decoders)}; give the term the weight 0"
                 )
+        is_compared = any(term.hierarchical for term in supervision.labels)
+        is_mixed = self.student.is_multi and is_compared and self.student.is_single("d1")
+        if supervision.hierarchical == "identity" and is_mixed:
+            raise ValueError(
+                "the decoder d1 makes one map for a whole clip, a teacher one for every frame: the "
+                "rule for hierarchical maps must be mean, or d1 not be single"
+            )
