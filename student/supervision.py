@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stores.catalogue import CatalogueVideo, open_catalogue
-from stores.errors import TargetStoreError
+from stores.errors import LabelSetNotFoundError
 from stores.maps import MapLayout, render_maps
 from stores.shards import LabelSet
 from stores.targets import TargetStore
@@ -55,7 +55,7 @@ def find_sources(store: TargetStore, supervision: Supervision) -> list[LabelSour
         LabelSetNotFoundError: If there is none of a name, or several.
         ValueError: If one lacks hierarchical maps that are asked for.
     """
-    found = [(term, store.label_set(term.labels or None)) for term in supervision.labels]
+    found = [(term, _open_labels(store, term.labels)) for term in supervision.labels]
     teachers = [labels.teacher for _, labels in found]
     sources = []
     for term, labels in found:
@@ -98,11 +98,16 @@ def find_recorded(store: TargetStore, supervision: Supervision) -> dict[str, Cat
 
     Raises:
         DatasetError: If the data set cannot be read.
-        ValueError: If it has recorded eyes of no video of the store.
+        ValueError: If none is named, or it has recorded eyes of no video of the store.
     """
     term = supervision.ground_truth
-    if term is None or not term.data:
+    if term is None:
         return {}
+    if not term.data:
+        raise ValueError(
+            "the recipe learns from recorded eyes, and does not say where they are; name the data "
+            "set (--data), or set supervision.ground_truth to null"
+        )
     catalogue = open_catalogue(Path(term.data))
     by_content = {v.record.content_hash: v for v in catalogue.videos if v.census.labelled}
     found = {
@@ -229,11 +234,12 @@ def ask_assistant(assistant: TinyHD, clips: Tensor, frames: int) -> SourceMaps:
         frames: Newest frames that are wanted.
     """
     output = assistant(clips)
-    saliency = output.saliency.flatten(1, -3)[:, -frames:].float()
-    hierarchical = output.maps.get("d1")
-    if hierarchical is not None and hierarchical.shape[2] > 1:
-        hierarchical = hierarchical[:, :, -frames:]
-    return SourceMaps(saliency, None if hierarchical is None else hierarchical.float())
+    # A sigmoid of few bits would be zero where a logit is small.
+    saliency = output.saliency_logits.flatten(1, -3)[:, -frames:].float().sigmoid()
+    logits = output.map_logits.get("d1")
+    if logits is None:
+        return SourceMaps(saliency)
+    return SourceMaps(saliency, logits[:, :, -frames:].float().sigmoid())
 
 
 def load_assistant(term: AssistantTerm, config: TrainConfig, device: str) -> TinyHD:
@@ -256,6 +262,11 @@ def load_assistant(term: AssistantTerm, config: TrainConfig, device: str) -> Tin
             f"the assistant {term.checkpoint} has no decoder d1, and so no hierarchical maps; give "
             "that term the weight 0"
         )
+    if term.hierarchical and theirs.is_single("d1") and not ours.is_single("d1"):
+        raise ValueError(
+            f"the assistant {term.checkpoint} has one hierarchical map of a kind for a whole clip, "
+            "the student one for every frame; give that term the weight 0"
+        )
     if (theirs.height, theirs.width) != (ours.height, ours.width):
         log.warning(
             "the assistant was trained on frames of %dx%d, and looks at %dx%d",
@@ -264,12 +275,38 @@ def load_assistant(term: AssistantTerm, config: TrainConfig, device: str) -> Tin
     return model.for_inference().to(device).requires_grad_(requires_grad=False)
 
 
-def _twin(store: TargetStore, labels: LabelSet) -> LabelSet | None:
-    """Return what the same teacher says of mirrored frames."""
+def _open_labels(store: TargetStore, name: str) -> LabelSet:
+    """Open a label set; of a name that it shares with its twin, the one of frames as they are.
+
+    Raises:
+        LabelSetNotFoundError: If there is none of the name, or several.
+        ValueError: If it is of mirrored frames.
+    """
+    try:
+        labels = store.label_set(name or None)
+    except LabelSetNotFoundError:
+        found = [
+            item
+            for item in store.label_sets
+            if item.name.startswith(name) and len(item.receipts)
+            if item.request.variant == "identity"
+        ]
+        if len(found) != 1:
+            raise
+        labels = found[0]
     if labels.request.variant != "identity":
-        return None
+        raise ValueError(
+            f"the label set {labels.name} is of mirrored frames; name the one of the frames as "
+            "they are, and mirrored clips are held against this one"
+        )
+    return labels
+
+
+def _twin(store: TargetStore, labels: LabelSet) -> LabelSet | None:
+    """Return what the same teacher says of mirrored frames, if any of it is there."""
     name = replace(labels.request, variant="hflip").name
     try:
-        return store.label_set(name)
-    except TargetStoreError:
+        twin = store.label_set(name)
+    except LabelSetNotFoundError:
         return None
+    return twin if len(twin.receipts) else None
