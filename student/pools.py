@@ -19,7 +19,6 @@ from student.recipe import Sampling
 FLIPS: Final = 1
 SOURCES: Final = 2
 UNLABELLED: Final = 3
-VIDEOS: Final = 4
 """Numbers by which draws of different things differ."""
 
 
@@ -162,7 +161,8 @@ def take_turns(
 ) -> list[ClipKey]:
     """Give each batch of clips one of several label sets, at random."""
     batches = -(-len(clips) // batch_size)
-    turns = np.random.default_rng([seed, epoch, SOURCES]).integers(sources, size=batches)
+    rng = np.random.default_rng([seed, epoch, SOURCES, batches])
+    turns = rng.integers(sources, size=batches)
     return [key._replace(source=int(turns[index // batch_size])) for index, key in enumerate(clips)]
 
 
