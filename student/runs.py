@@ -110,16 +110,28 @@ def _check_same(path: Path, config: Mapping[str, Any]) -> None:
         before = None
     if not isinstance(before, dict):
         raise RunError(f"{path} is damaged; choose another --out")
+    old, new = _flat(before), _flat(config)
     changed = [
-        f"{key} was {before.get(key)!r}, is {config.get(key)!r}"
-        for key in sorted(before.keys() | config.keys())
-        if before.get(key) != config.get(key)
+        f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
     ]
     if changed:
         raise RunError(
             f"{path.parent} holds a run of another configuration ({'; '.join(changed)}); "
             "choose another --out"
         )
+
+
+def _flat(config: object, where: str = "") -> dict[str, Any]:
+    """Return single values by their path, as keys of recipes are written."""
+    if isinstance(config, Mapping) and config:
+        parts = [(f"{where}.{key}".lstrip("."), value) for key, value in config.items()]
+    elif isinstance(config, list) and config:
+        parts = [(f"{where}[{number}]", value) for number, value in enumerate(config)]
+    else:
+        return {where: config}
+    return {path: value for part, inner in parts for path, value in _flat(inner, part).items()}
 
 
 def _is_fresh(path: Path) -> bool:
