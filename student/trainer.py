@@ -53,6 +53,8 @@ class TrainState:
     """Least total of a validation."""
     validation: Mapping[str, float] = field(default_factory=dict)
     """Of the last epoch that was validated."""
+    reloaded: int = 0
+    """The last epoch, counted from 0, that began with the best weights; 0 if none did."""
     is_complete: bool = False
 
 
@@ -154,9 +156,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         falls = how.schedule == "paper" and state.epoch in how.milestones and state.epoch
-        if how.reload_best and falls and not state.batch and self._run.best.exists():
+        is_due = how.reload_best and falls and state.reloaded != state.epoch
+        if is_due and not state.batch and self._run.best.exists():
             best = read_checkpoint(self._run.best)
             self._model.load_state_dict(best["weights"])
+            # Better ones may lie there when this epoch has to be done again.
+            state.reloaded = state.epoch
+            self.save(is_best=False)
             log.info(
                 "epoch %d: back to the weights of step %d, the best", state.epoch + 1, best["step"]
             )
@@ -307,7 +313,7 @@ class Trainer:
             )
 
 
-_SAVED: Final = ("epoch", "step", "batch", "best", "clips", "bad_clips", "validation")
+_SAVED: Final = ("epoch", "step", "batch", "best", "clips", "bad_clips", "validation", "reloaded")
 
 
 def _moving_average(decay: float) -> Any:  # noqa: ANN401 - PyTorch's, which has no types
