@@ -264,6 +264,7 @@ def load_batches(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
+        generator=torch.Generator(),  # else every loader takes a number of PyTorch's own
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_leave_signals_to_parent if workers else None,
     )

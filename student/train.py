@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -102,6 +102,18 @@ def train(
     validation = spread_clips(pools.validation, per_video=config.sampling.validation_clips)
     if not validation:
         log.warning("no video has held-out frames for a clip: there is no validation")
+
+    def clips_of(epoch: int) -> list[ClipKey]:
+        return _draw_clips(
+            config, pools, epoch, labelled=recorded, sources=len(sources), is_flipping=is_flipping
+        )
+
+    per_epoch = len(clips_of(0))
+    if not per_epoch:
+        raise ValueError(
+            "an epoch has no clip: sampling.unlabelled counts clips for each one with recorded "
+            "eyes, and none of those is left to train on"
+        )
     term = config.supervision.assistant
     assistant = load_assistant(term, config, device) if term is not None else None
     with RunDir.open(out, _identity(config, opened, sources, recorded, pools)) as run:
@@ -111,28 +123,6 @@ def train(
         trainer = Trainer(model, config, supervisor, run)
         trainer.resume()
         state, how = trainer.state, config.optimisation
-
-        def clips_of(epoch: int) -> list[ClipKey]:
-            clips = draw_epoch(
-                pools.training,
-                config.sampling,
-                labelled=recorded,
-                seed=config.seed,
-                epoch=epoch,
-            )
-            if is_flipping:
-                clips = flip_some(clips, seed=config.seed, epoch=epoch)
-            if config.supervision.mixing == "one_per_batch" and len(sources) > 1:
-                clips = take_turns(
-                    clips,
-                    sources=len(sources),
-                    batch_size=how.batch_size,
-                    seed=config.seed,
-                    epoch=epoch,
-                )
-            return clips
-
-        per_epoch = len(clips_of(0))
         done = state.epoch * per_epoch + min(per_epoch, state.batch * how.batch_size)
         total = how.epochs * per_epoch
         with (
@@ -181,6 +171,26 @@ def _find_pools(
         lag=target_lag(config),
         seed=config.seed,
     )
+
+
+def _draw_clips(
+    config: TrainConfig,
+    pools: ClipPools,
+    epoch: int,
+    *,
+    labelled: Collection[str],
+    sources: int,
+    is_flipping: bool,
+) -> list[ClipKey]:
+    """Draw the clips of an epoch, and say of each whether it is mirrored and who speaks of it."""
+    supervision, when = config.supervision, {"seed": config.seed, "epoch": epoch}
+    clips = draw_epoch(pools.training, config.sampling, labelled=labelled, **when)
+    if is_flipping:
+        clips = flip_some(clips, **when)
+    if supervision.mixing == "one_per_batch" and sources > 1:
+        size = config.optimisation.batch_size
+        clips = take_turns(clips, sources=sources, batch_size=size, **when)
+    return clips
 
 
 def _start(config: TrainConfig) -> TinyHD:
