@@ -14,17 +14,26 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from stores.errors import LabelSetNotFoundError, NotATargetStoreError
+from stores.errors import LabelSetNotFoundError, NotATargetStoreError, TinyHDError
 from stores.targets import TargetStore
 from student.checkpoints import CheckpointError, load_model, read_checkpoint, save_checkpoint
 from student.clips import Batch
-from student.config import build_config
+from student.config import TinyHDConfig, build_config
 from student.losses import Losses
-from student.recipe import LabelTerm, Optimisation, Sampling, Supervision, TrainConfig
+from student.recipe import (
+    GroundTruthTerm,
+    LabelTerm,
+    Optimisation,
+    Sampling,
+    Supervision,
+    TrainConfig,
+)
 from student.runs import RunDir, RunError
 from student.tinyhd import TinyHD
 from student.train import train
 from student.trainer import Trainer, TrainingError, build_optimizer
+from student.validation import Validation
+from tests.student.counting import counting_request, make_store, record_eyes
 
 if TYPE_CHECKING:
     from tests.conftest import MakeVideo
@@ -158,6 +167,16 @@ def test_folder_of_another_configuration_is_refused(labelled: Path, tmp_path: Pa
     train(labelled, tmp_path / "run", change(SMALL, epochs=1))
     with pytest.raises(RunError, match=r"seed was 0, is 1.*choose another"):
         train(labelled, tmp_path / "run", change(SMALL, epochs=1, seed=1))
+    for values, message in {
+        ("learning_rate", 0.1): r"\(optimisation\.learning_rate was 0\.05, is 0\.1\)",
+        (
+            "labels",
+            (LabelTerm(saliency=2),),
+        ): r"\(supervision\.labels\[0\]\.saliency was 1.0, is 2\)",
+        ("ema", 0.5): r"\(optimisation\.ema was None, is 0\.5\)",
+    }.items():
+        with pytest.raises(RunError, match=message):
+            train(labelled, tmp_path / "run", change(SMALL, epochs=1, **dict([values])))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(RunError, match="no training run"):
@@ -390,6 +409,296 @@ def test_zero_hierarchical_weight_trains_on_the_saliency_map_alone(
     row = training_curve(tmp_path / "run")[0]
     assert row["total"] == row["pqft/saliency"]
     assert "pqft/hierarchical" not in row
+
+
+TINY = TrainConfig(
+    student=TinyHDConfig(channel_reduction=8, height=32, width=64),
+    supervision=Supervision(labels=(LabelTerm(labels="toy"),), flip="none"),
+    sampling=Sampling(clips_per_video=2, holdout=0.4, validation_clips=1),
+    optimisation=Optimisation(epochs=3, batch_size=2, learning_rate=0.02),
+)
+TINY_M = change(
+    TINY,
+    student=TinyHDConfig(
+        channel_reduction=8,
+        single=(True, False, False),
+        output_frames=16,
+        height=32,
+        width=64,
+    ),
+)
+BOTH = (LabelTerm(labels="toy", d2=0.5), LabelTerm(labels="other", hierarchical=0))
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of two teachers, both with what they say of mirrored frames."""
+    path = tmp_path_factory.mktemp("counted") / "targets.zarr"
+    sets = [
+        (counting_request(teacher, variant=variant), first)
+        for first, teacher in enumerate(("toy", "other"))
+        for variant in ("identity", "hflip")
+    ]
+    make_store(path, {"a": 48, "b": 40}, sets)
+    return path
+
+
+class Killed(Exception):
+    pass
+
+
+def die_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Let training end before it makes a step, as if it was killed there."""
+    train_step = Trainer.train_step
+
+    def make(self: Trainer, batch: Batch) -> Losses:
+        if self.state.step == step:
+            raise Killed
+        return train_step(self, batch)
+
+    patch.setattr(Trainer, "train_step", make)
+
+
+def assert_same(first: object, second: object, where: str = "") -> None:
+    if isinstance(first, torch.Tensor):
+        assert isinstance(second, torch.Tensor)
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert isinstance(second, dict)
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list):
+        assert isinstance(second, list)
+        for number, pair in enumerate(zip(first, second, strict=True)):
+            assert_same(*pair, f"{where}[{number}]")
+    else:
+        assert first == second, where
+
+
+def assert_same_runs(first: Path, second: Path) -> None:
+    assert training_curve(first) == training_curve(second)
+    for name in ("last.pt", "best.pt"):
+        assert_same(read_checkpoint(first / name), read_checkpoint(second / name), name)
+
+
+EVERYTHING = {
+    "S": change(
+        TINY,
+        labels=BOTH,
+        mixing="one_per_batch",
+        flip="labels",
+        schedule="cosine",
+        epochs=2,
+        ema=0.7,
+        clip_gradient=1.0,
+        precision="bfloat16",
+    ),
+    "M": change(
+        TINY_M, labels=BOTH, flip="labels", alignment="lagged", epochs=2, ema=0.7, reload_best=True
+    ),
+    "float16": change(TINY, epochs=1, clips_per_video=4, precision="float16", flip="mirror"),
+}
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_killed_run_continues_exactly_with_everything_that_there_is(
+    counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In the middle of an epoch, from a checkpoint there or from the one at its beginning."""
+    config, seconds = EVERYTHING[name], 1e9 if name == "M" else 0
+    if name == "S":  # oneDNN's depthwise gradients in bfloat16 are not always the same
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert train(counted, tmp_path / "whole", config).is_complete
+    with monkeypatch.context() as patch:
+        die_at(patch, 3)
+        with pytest.raises(Killed):
+            train(counted, tmp_path / "cut", config, checkpoint_seconds=seconds)
+    assert read_checkpoint(tmp_path / "cut" / "last.pt")["step"] == (2 if seconds else 3)
+    assert train(counted, tmp_path / "cut", config).is_complete
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def validate_as(patch: pytest.MonkeyPatch, totals: list[float]) -> None:
+    """Let the validation of each epoch have a total that is known before."""
+
+    def validate(self: Trainer, batches: Any) -> Validation:  # noqa: ANN401
+        list(batches)
+        return Validation({"total": totals[self.state.epoch]}, maps=1)
+
+    patch.setattr(Trainer, "_validate", validate)
+
+
+def test_best_weights_come_back_where_the_rate_falls(
+    counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those from before the epoch, also for a run that is killed when it has made better ones."""
+    caplog.set_level("INFO")
+    validate_as(monkeypatch, [5.0, 9.0, 1.0, 7.0])
+    config = change(
+        TINY, epochs=4, clips_per_video=1
+    )  # the rate falls before the third and the fourth
+    started: dict[int, dict[str, torch.Tensor]] = {}
+    run_epoch = Trainer.run_epoch
+
+    def look(self: Trainer, *arguments: Any) -> None:  # noqa: ANN401
+        weights = self._model.state_dict()
+        started[self.state.epoch] = {name: value.clone() for name, value in weights.items()}
+        run_epoch(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_epoch", look)
+        train(counted, tmp_path / "whole", config)
+    assert "epoch 3: back to the weights of step 1" in caplog.text
+    assert "epoch 4: back to the weights of step 3" in caplog.text
+    assert_same(started[2], started[1])  # as after the first epoch
+    best = read_checkpoint(tmp_path / "whole" / "best.pt")
+    assert best["step"] == 3
+    assert_same(started[3], best["weights"])
+
+    def save(path: Path, model: TinyHD, **state: Any) -> None:  # noqa: ANN401
+        if path.name == "last.pt" and state["epoch"] == 3:
+            raise Killed
+        save_checkpoint(path, model, **state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("student.runs.save_checkpoint", save)
+        with pytest.raises(Killed):
+            train(counted, tmp_path / "cut", config)
+    assert read_checkpoint(tmp_path / "cut" / "best.pt")["step"] == 3
+    train(counted, tmp_path / "cut", config)
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_best_is_the_least_total(
+    counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate_as(monkeypatch, [3.0, 1.0, 2.0])
+    state = train(counted, tmp_path / "run", change(TINY, schedule="constant"))
+    assert (state.best, state.validation) == (1.0, {"total": 2.0})
+    assert read_checkpoint(tmp_path / "run" / "best.pt")["step"] == 4
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
+
+
+def test_validation_has_every_term_and_its_weighted_sum(counted: Path, tmp_path: Path) -> None:
+    eyes = record_eyes(TargetStore.open(counted), tmp_path / "eyes", {"a": range(48)})
+    truth = GroundTruthTerm(data=str(eyes), kl=0.5, cc=2)
+    config = change(TINY_M, labels=BOTH, ground_truth=truth, epochs=1)
+    state = train(counted, tmp_path / "run", config)
+    weights = {
+        "toy/saliency": 1,
+        "toy/hierarchical": 1,
+        "toy/d2": 0.5,
+        "other/saliency": 1,
+        "ground_truth/kl": 0.5,
+        "ground_truth/cc": 2,
+    }
+    found = state.validation
+    total = sum(weight * found[name] for name, weight in weights.items())
+    assert found["total"] == state.best == pytest.approx(total)
+    others = {"total", "toy/cc", "other/cc"}
+    others |= {f"recorded/{name}" for name in ("auc_judd", "nss", "cc", "sim", "kld")}
+    assert found.keys() == weights.keys() | others
+    row = training_curve(tmp_path / "run")[0]
+    assert weights.keys() <= row.keys()
+    assert row["total"] == pytest.approx(sum(w * row[name] for name, w in weights.items()))
+
+
+def test_batches_in_turn_have_the_terms_of_one_label_set(counted: Path, tmp_path: Path) -> None:
+    config = change(TINY, labels=BOTH, mixing="one_per_batch", clips_per_video=8, epochs=1)
+    train(counted, tmp_path / "run", config)
+    rows = [row for row in training_curve(tmp_path / "run") if row["kind"] == "training"]
+    sources = [{name.partition("/")[0] for name in row if "/" in name} for row in rows]
+    assert {"toy"} in sources
+    assert {"other"} in sources
+    assert all(len(found) == 1 for found in sources)
+
+
+def test_tinyhd_m_learns(counted: Path, tmp_path: Path) -> None:
+    config = change(TINY_M, epochs=4, clips_per_video=6, learning_rate=0.1, holdout=0)
+    train(counted, tmp_path / "run", config)
+    totals = [row["total"] for row in training_curve(tmp_path / "run")]
+    assert sum(totals[-4:]) < 0.9 * sum(totals[:4])
+    assert load_model(tmp_path / "run" / "last.pt").config == config.student
+
+
+def test_moving_average_is_validated_and_kept(
+    counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = change(TINY, epochs=1, clips_per_video=3, ema=0.75)
+    train_step = Trainer.train_step
+    average: dict[str, torch.Tensor] = {}
+
+    def follow(self: Trainer, batch: Batch) -> Losses:
+        losses = train_step(self, batch)
+        for name, value in self._model.named_parameters():
+            before = average.get(name, value.detach())
+            average[name] = 0.75 * before + 0.25 * value.detach()
+        return losses
+
+    monkeypatch.setattr(Trainer, "train_step", follow)
+    train(counted, tmp_path / "run", config)
+    best, last = (load_model(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
+    raw = dict(last.named_parameters())
+    for name, value in best.named_parameters():
+        torch.testing.assert_close(value.detach(), average[name])
+    assert any(not torch.equal(value, raw[name]) for name, value in best.named_parameters())
+
+
+def test_gradients_are_no_longer_than_allowed(counted: Path, tmp_path: Path) -> None:
+    config = change(TINY, epochs=1, weight_decay=0, batch_size=8, clip_gradient=1e-3)
+    assert train(counted, tmp_path / "run", config).step == 1
+    states = read_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["state"].values()
+    norms = torch.stack([state["momentum_buffer"].norm() for state in states])
+    assert norms.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.usefixtures("learns_nothing")
+def test_student_starts_from_a_checkpoint(counted: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model = TinyHD(replace(TINY.student, height=64))  # size does not matter
+    save_checkpoint(tmp_path / "start.pt", model)
+    config = change(TINY, epochs=1, start=str(tmp_path / "start.pt"))
+    train(counted, tmp_path / "run", config)
+    last = load_model(tmp_path / "run" / "last.pt")
+    assert last.config == TINY.student
+    assert_same(dict(last.state_dict()), dict(model.state_dict()))
+    with pytest.raises(ValueError, match=r"another network: its single is"):
+        train(counted, tmp_path / "other", change(TINY_M, start=config.start))
+    with pytest.raises(TinyHDError, match=r"cannot read .*none\.pt: No such file"):
+        train(counted, tmp_path / "none", change(TINY, start=str(tmp_path / "none.pt")))
+    save_checkpoint(tmp_path / "start.pt", TinyHD(TINY.student))
+    with pytest.raises(RunError, match=r"files_sha256\.start was"):
+        train(counted, tmp_path / "run", config)
+
+
+def test_rates_of_the_other_schedules() -> None:
+    cosine = Optimisation(schedule="cosine", epochs=4, learning_rate=2)
+    rates = [cosine.learning_rate_at(epoch) for epoch in range(4)]
+    assert rates == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
+    constant = Optimisation(schedule="constant", epochs=4)
+    assert {constant.learning_rate_at(epoch) for epoch in range(4)} == {0.01}
+    for epochs in (1, 2, 3):
+        assert Optimisation(epochs=epochs).learning_rate_at(0) == 0.01
+
+
+def test_epoch_without_clips_is_refused_before_anything_runs(counted: Path, tmp_path: Path) -> None:
+    config = change(TINY, unlabelled=1.0)
+    with pytest.raises(ValueError, match="an epoch has no clip"):
+        train(counted, tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_loss_of_no_number_names_its_clips(
+    counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from student import trainer
+
+    nothing = Losses(torch.tensor(float("nan")), {})
+    monkeypatch.setattr(trainer, "add_terms", lambda terms: nothing)
+    with pytest.raises(TrainingError, match=r"loss of step 1 .* clips [ab]:\d+, [ab]:\d+;"):
+        train(counted, tmp_path / "run", TINY)
+    assert not (tmp_path / "run" / "last.pt").exists()
 
 
 def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
