@@ -54,6 +54,41 @@ def test_two_commands_make_a_student(run: Run, video_folder: Path, tmp_path: Pat
     assert (out / "last.pt").is_file()
 
 
+def test_recipes_are_put_together(run: Run, video_folder: Path, tmp_path: Path) -> None:
+    """An option over --set over a file; what a run leaves can be trained from again."""
+    store, out = tmp_path / "targets.zarr", tmp_path / "run"
+    run("distill", video_folder, "--teacher", "pqft", "--store", store, *SMALL)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "student: tinyhd-m-rc4\nsampling: {clips_per_video: 9, holdout: 0}\nseed: 3\n"
+    )
+    small = ("--set", "student.variant=tinyhd-s-rc4", "--set", "seed=4", *TRAIN_SMALL)
+    train = ("train", "--store", store, "--out", out, "--config", recipe, *small)
+    trained = run(*train, "--hierarchical-weight", "0")
+    assert trained.exit_code == 0, trained.output
+    config = json.loads((out / "config.json").read_text())
+    assert (config["seed"], config["sampling"]["clips_per_video"]) == (4, 1)
+    assert config["student"]["output_frames"] == 1
+    assert (config["student"]["channel_reduction"], config["student"]["height"]) == (4, 32)
+    again = run("train", "--store", store, "--out", out, "--config", out / "recipe.yaml")
+    assert again.exit_code == 0, again.output
+    other = ("train", "--store", store, "--out", tmp_path / "other", *TRAIN_SMALL)
+    trained = run(*other, "--set", "student.channel_reduction=8")
+    assert trained.exit_code == 0, trained.output
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["student"]["channel_reduction"] == 8
+
+
+def test_mistakes_in_recipes_are_one_line(run: Run, tmp_path: Path) -> None:
+    train = ("train", "--store", tmp_path / "none.zarr", "--out", tmp_path / "run")
+    assert_one_line(run(*train, "--set", "optimisation.epoch=3"), 1, "did you mean", "epochs")
+    assert_one_line(run(*train, "--preset", "tinyhd-s-dhf"), 1, "did you mean")
+    (tmp_path / "bad.yaml").write_text("seed: !!python/name:os.system ''")
+    assert_one_line(run(*train, "--config", tmp_path / "bad.yaml"), 1, "bad.yaml is no YAML")
+    assert "tinyhd-m-rc4-ucf-kinetics" in run("train", "--list-presets").output
+    assert not (tmp_path / "run").exists()
+
+
 def test_clips_that_were_replaced_are_told(run: Run, video_folder: Path, tmp_path: Path) -> None:
     store, out = tmp_path / "targets.zarr", tmp_path / "run"
     run("distill", video_folder, "--teacher", "pqft", "--store", store, *SMALL)
