@@ -590,7 +590,7 @@ def _read_measures(
     help="Folder of a data set with recorded eyes, or its catalogue of tinyhd data scan.",
 )
 @click.option(
-    "--split", help="Videos to score on.  [default: val of DHF1K, test of others, else all]"
+    "--split", help="Videos to score on.  [default: val of DHF1K, else test, val, or all]"
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the scores.")
 @click.option(

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -29,6 +30,7 @@ from stores.datasets import (
 from stores.errors import DatasetError, GroundTruthError, VideoError
 from stores.ground_truth import GroundTruth, LabelCensus
 from stores.images import list_images, read_size
+from stores.pairing import find_offset
 from stores.probing import Probe, ProbeFailure, probe_videos
 from stores.progress import Progress
 from stores.videos import VideoFile, VideoRecord
@@ -204,6 +206,9 @@ class Catalogue:
                 f"{path}, line {number}: this is no catalogue, or a damaged one ({error}); make "
                 "it anew with: tinyhd data scan"
             ) from error
+        ids = [video.record.id for video in catalogue.videos]
+        if len(set(ids)) != len(ids):
+            raise DatasetError(f"{path} has a video twice; make it anew with: tinyhd data scan")
         if len(catalogue.videos) != length:
             raise DatasetError(
                 f"{path} is cut off: it has {len(catalogue.videos)} of {length} videos; make it "
@@ -279,6 +284,7 @@ def scan(root: Path, *, kind: Kind | None = None, split: str | None = None) -> C
         VideoError: If a folder cannot be looked into.
     """
     dataset = find_dataset(root, kind)
+    _agree_on_offsets(dataset)
     chosen = dataset.choose(split)
     catalogue = Catalogue(dataset.kind, dataset.root, problems=dataset.problems)
     videos: dict[str, CatalogueVideo] = {}
@@ -305,6 +311,30 @@ def scan(root: Path, *, kind: Kind | None = None, split: str | None = None) -> C
     order = {id_: number for number, id_ in enumerate(by_id)}
     catalogue.bad.sort(key=lambda bad: order[bad.id])
     return catalogue
+
+
+def _agree_on_offsets(dataset: Dataset) -> None:
+    """Let sequences of images whose labels are complete tell how those of others are numbered."""
+    own: dict[str, int | None] = {}
+    for video in dataset.videos:
+        if video.labels and video.labels.offset is None and video.file.absolute.is_dir():
+            try:
+                names = list_images(video.file.absolute)
+                truth = GroundTruth(dataset.root, video.labels, frames=len(names), names=names)
+            except VideoError:  # told when the video is looked at
+                continue
+            own[video.file.id] = find_offset(truth.label_stems(), len(names), names)
+    votes = Counter(offset for offset in own.values() if offset is not None)
+    if not votes:
+        return
+    (usual, _), *others = votes.most_common()
+    if others or usual:
+        told = [f"{number} videos by {offset}" for offset, number in votes.most_common()]
+        dataset.problems.append(f"labels are numbered higher than images: {', '.join(told)}")
+    for index, video in enumerate(dataset.videos):
+        if video.file.id in own and own[video.file.id] is None:
+            labels = replace(video.labels, offset=usual)
+            dataset.videos[index] = replace(video, labels=labels)
 
 
 def _look_at(
@@ -393,7 +423,7 @@ def _head_from_json(head: Mapping[str, Any], path: Path) -> tuple[Catalogue, int
 def _video_to_json(video: CatalogueVideo) -> dict[str, Any]:
     record = {**asdict(video.record), "content_hash": video.record.content_hash.hex()}
     del record["root"]
-    labels = {key: value for key, value in asdict(video.labels).items() if value}
+    labels = {key: value for key, value in asdict(video.labels).items() if value not in ("", None)}
     line = {**record, "splits": video.splits, "labels": labels}
     line |= {"dropped": video.dropped, "uneven": video.uneven}
     return {**line, "census": asdict(video.census)}
@@ -410,7 +440,11 @@ def _video_from_json(item: Mapping[str, Any], root: Path) -> CatalogueVideo:
         width=_checked_number(item["width"]),
         fps=_checked_rate(item["fps"]),
     )
-    labels = {key: _checked_path(value) for key, value in item["labels"].items()}
+    offset = item["labels"].get("offset")
+    paths = {key: value for key, value in item["labels"].items() if key != "offset"}
+    labels: dict[str, Any] = {key: _checked_path(value) for key, value in paths.items()}
+    if offset is not None:
+        labels["offset"] = int(offset)
     census = {**item["census"]}
     problems = _checked_texts(census.pop("problems"))
     counts = {key: _checked_number(value) for key, value in census.items()}

@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -65,6 +65,8 @@ class LabelFolders:
     """Folder of fixation maps: images, or ``.mat`` files in it or its folder ``maps``."""
     points: str = ""
     """Table of fixated points; see :mod:`stores.ground_truth`."""
+    offset: int | None = None
+    """By how much labels are numbered higher than frames; nothing where they tell it themselves."""
 
     def __bool__(self) -> bool:
         return bool(self.maps or self.fixations or self.points)
@@ -304,6 +306,8 @@ def _find_dhf1k(tree: _Tree) -> Dataset | None:
     for number, path in sorted(videos.items()):
         file = tree.video(f"{number:04d}", path)
         found = labels.get(number, LabelFolders())
+        if found and path.lower().endswith(VIDEO_SUFFIXES):
+            found = replace(found, offset=1)  # of all videos of this data set
         dataset.videos.append(DatasetVideo(file, dhf1k_splits(number), found))
     if labels:
         bare = [n for n in videos if n not in labels and "test" not in dhf1k_splits(n)]

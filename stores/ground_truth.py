@@ -7,9 +7,10 @@ frame 0. Everything is read at the size in which it was recorded.
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from stores.images import (
     read_gray,
     read_size,
 )
+from stores.pairing import find_offset, pair_labels
 from stores.videos import FileStamp
 
 MAT_SUFFIX: Final = ".mat"
@@ -99,8 +101,16 @@ class GroundTruth:
         if names is not None and len(names) != frames:
             raise ValueError(f"{frames} frames with {len(names)} names")
         self._dropped = dropped
-        self._maps, self._extra_maps = self._pair(self._files(labels.maps))
-        self._fixations, self._extra_fixations = self._pair(self._fixation_files())
+        maps, fixations = self._files(labels.maps), self._fixation_files()
+        # One offset for all: a label that is missing must not move those of the other kind.
+        stems = {path.stem for path in (*maps, *fixations)}
+        images = self._images()
+        number = frames if images is None else len(images)
+        self._offset = labels.offset
+        if self._offset is None:
+            self._offset = find_offset(stems, number, images)
+        self._maps, self._extra_maps = self._pair(maps)
+        self._fixations, self._extra_fixations = self._pair(fixations)
 
     @cached_property
     def frames(self) -> list[int]:
@@ -171,18 +181,26 @@ class GroundTruth:
         """Return the fixated points of a frame, where the data set has a table of them."""
         return self._points.get(frame)
 
-    def stamp(self) -> FileStamp:
-        """Return by what its files are taken to be the same as before.
+    def stamp(self) -> str:
+        """Return by what its files are taken to be the same as before, and about the same frames.
 
         Raises:
             VideoError: If one is gone.
         """
-        files = [*self._maps.values(), *self._fixations.values()]
+        digest = hashlib.sha256()
+        files = [*self._maps.items(), *self._fixations.items()]
         if self._labels.points:
-            files.append(self._root / self._labels.points)
-        stamps = [FileStamp.of(path) for path in files]
-        newest = max((stamp.modified_ns for stamp in stamps), default=0)
-        return FileStamp(sum(stamp.num_bytes for stamp in stamps), newest)
+            files.append((-1, self._root / self._labels.points))
+        for frame, path in files:
+            stamp = FileStamp.of(path)
+            told = f"{frame} {path.name} {stamp.num_bytes} {stamp.modified_ns}\n"
+            digest.update(told.encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def label_stems(self) -> set[str]:
+        """Return the names of all labels, without suffix."""
+        paths = [*self._maps.values(), *self._fixations.values()]
+        return {path.stem for path in (*paths, *self._extra_maps, *self._extra_fixations)}
 
     def census(self) -> LabelCensus:
         """Look at the labels without decoding them: pairing, sizes, whether files are cut off."""
@@ -269,13 +287,18 @@ class GroundTruth:
                 extra.append(path)
         return paired, extra
 
+    def _images(self) -> list[str] | None:
+        """Return all images, those that are no frames, too: they count where numbers tell pairs."""
+        if self._names is None:
+            return None
+        return sorted([*self._names, *self._dropped], key=natural_key)
+
     def _frames_of(self, stems: Sequence[str]) -> list[int | None]:
-        if self._names is None or not self._dropped:
-            return pair_labels(stems, self.num_frames, self._names)
-        # Images that are no frames still count where pairs are told by their order.
-        images = sorted([*self._names, *self._dropped], key=natural_key)
+        images = self._images()
+        if images is None or self._names is None:
+            return pair_labels(stems, self.num_frames, None, self._offset)
         frame_at = {name: frame for frame, name in enumerate(self._names)}
-        ranks = pair_labels(stems, len(images), images)
+        ranks = pair_labels(stems, len(images), images, self._offset)
         return [None if rank is None else frame_at.get(images[rank]) for rank in ranks]
 
     def _check_sizes(self, frame: int, sizes: Mapping[Path, tuple[int, ...]]) -> None:
@@ -300,42 +323,6 @@ class GroundTruth:
 
     def _relative(self, path: Path) -> Path:
         return path.relative_to(self._root)
-
-
-def pair_labels(stems: Sequence[str], frames: int, names: Sequence[str] | None) -> list[int | None]:
-    """Return for each label the frame it is about, or nothing if there is none.
-
-    Labels of images have the images' names. Where there are as many labels as images, and all are
-    numbered with one offset, or no name fits and names are no numbers, they are paired in their
-    order. Labels of a video file are numbered from 1, or from 0 if there is a number 0.
-
-    Args:
-        stems: File names of labels without suffix, in natural order.
-        frames: Number of frames.
-        names: File names of the frames, where they are images.
-    """
-    if names is not None:
-        index = {Path(name).stem: number for number, name in enumerate(names)}
-        found = [index.get(stem) for stem in stems]
-        fitting = len(found) - found.count(None)
-        if len(stems) != frames or fitting == frames:
-            return found
-        steps = {
-            None if label is None or image is None else label - image
-            for label, image in zip(_numbers(stems), _numbers(index), strict=True)
-        }
-        in_order = not fitting if None in steps else len(steps) == 1
-        return list(range(frames)) if in_order else found
-    numbers = _numbers(stems)
-    first = 0 if 0 in numbers else 1
-    return [
-        number - first if number is not None and 0 <= number - first < frames else None
-        for number in numbers
-    ]
-
-
-def _numbers(stems: Iterable[str]) -> list[int | None]:
-    return [int(stem) if stem.isdecimal() and stem.isascii() else None for stem in stems]
 
 
 def fixation_map(
@@ -390,12 +377,17 @@ def _read_fixation_image(path: Path) -> FixationMap:
 
 def _read_mat(path: Path) -> FixationMap:
     """Read the variable ``I`` of a MATLAB file; nothing in it is run."""
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
     from scipy.sparse import issparse
 
     _check_regular(path)
     try:
+        for name, shape, _ in whosmat(path):  # which reads no values
+            if name == MAT_VARIABLE and math.prod(shape) > MAX_PIXELS:
+                raise GroundTruthError(f"{path} says that it has {_size(shape)} pixels")
         content: dict[str, Any] = loadmat(path, variable_names=[MAT_VARIABLE])
+    except GroundTruthError:
+        raise
     except NotImplementedError as error:
         raise GroundTruthError(
             f"{path} is a MATLAB file of version 7.3; save it anew with -v7"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Generator, Sequence
+import zlib
+from collections.abc import Collection, Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -31,7 +32,7 @@ GAUSSIAN_SIGMA: Final = 0.25
 OBSERVER_SIGMA: Final = 12.74 / 640
 """Of the Gaussian that makes a map of observers' points, in widths of the frame (DHF1K's)."""
 
-PriorMap = npt.NDArray[np.float64]
+PriorMap = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 
 
 class PriorPart(NamedTuple):
@@ -46,29 +47,26 @@ class CentrePrior:
     """The mean of maps of recorded eyes: where people look, whatever is shown.
 
     Args:
-        parts: Of the videos that it is learnt from; none for a Gaussian.
+        whole: Of all videos that it is learnt from.
+        own: Of the scored ones among them, by id: each is left out of its own prior.
         source: In words, what it was learnt from.
-        leaves_out: Whether the parts are those of the scored videos, in order, of which each is
-            left out of its own prior.
     """
 
-    def __init__(self, parts: Sequence[PriorPart], source: str, *, leaves_out: bool) -> None:
-        self._parts, self.source, self._leaves_out = parts, source, leaves_out
-        self._total = sum((part.total for part in parts), np.zeros(GRID))
-        self._count = sum(part.maps for part in parts)
+    def __init__(self, whole: PriorPart, own: Mapping[str, PriorPart], source: str) -> None:
+        self._whole, self._own, self.source = whole, own, source
         self.at = functools.lru_cache(4)(self._at)
 
     @property
     def digest(self) -> str:
         """Hash of what decides it."""
-        return hashlib.sha256(self._total.tobytes() + self.source.encode()).hexdigest()
+        return hashlib.sha256(self._whole.total.tobytes() + self.source.encode()).hexdigest()
 
-    def _at(self, video: int, size: tuple[int, int]) -> PriorMap:
+    def _at(self, video: str, size: tuple[int, int]) -> PriorMap:
         """Return the prior for a scored video, ``size``, with the sum 1."""
-        total, count = self._total, self._count
-        if self._leaves_out:
-            total, count = total - self._parts[video].total, count - self._parts[video].maps
-        prior = total / count if count else _gaussian(*GRID)
+        total, maps = self._whole
+        if video in self._own:
+            total, maps = total - self._own[video].total, maps - self._own[video].maps
+        prior = total / maps if maps else _gaussian(*GRID)
         resized = resize_maps(torch.from_numpy(prior)[None], *size)[0].clamp(min=0).numpy()
         return np.asarray(resized / resized.sum())
 
@@ -76,9 +74,9 @@ class CentrePrior:
 class CentrePriorSource(Source):
     """The centre prior, scored like a model."""
 
-    def __init__(self, prior: CentrePrior, numbers: dict[str, int]) -> None:
-        super().__init__("centre prior")
-        self._prior, self._numbers = prior, numbers
+    def __init__(self, name: str, prior: CentrePrior) -> None:
+        super().__init__(name)
+        self._prior = prior
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -87,55 +85,60 @@ class CentrePriorSource(Source):
     def batches(
         self, video: CatalogueVideo, truth: GroundTruth, frames: Sequence[int]
     ) -> Generator[MapBatch]:
-        number = self._numbers[video.record.id]
-        prior = self._prior.at(number, (video.record.height, video.record.width))
+        record = video.record
+        prior = self._prior.at(record.id, (record.height, record.width))
         for begin in range(0, len(frames), READ_TOGETHER):
             part = frames[begin : begin + READ_TOGETHER]
             yield MapBatch(part, functools.partial(choose, [prior] * len(part)))
 
 
 def learn_prior(
-    scored: Sequence[tuple[Path, str]],
-    training: Sequence[tuple[Path, str]],
+    folders: Mapping[str, tuple[Path, str]],
     pool: Executor,
     *,
+    scored: Collection[str],
     is_training: bool,
     seed: int = 0,
 ) -> CentrePrior:
-    """Learn the centre prior from training videos, else from the scored ones.
+    """Learn the centre prior from the maps of videos.
 
     Args:
-        scored: Root and folder of maps of each scored video, in order; an empty folder where it
-            has none.
-        training: The same of the training videos.
+        folders: By id, root and folder of maps; an empty folder where a video has none.
         pool: Threads that read.
-        is_training: Whether the scored videos are training videos.
+        scored: Ids of the scored videos.
+        is_training: Whether the videos are training videos.
         seed: Of the choice of maps.
 
     Raises:
         VideoError: If a folder cannot be looked into.
     """
-    has_training = any(folder for _, folder in training) and not is_training
-    videos = training if has_training else scored
-    with_maps = sum(bool(folder) for _, folder in videos)
-    each = max(1, PRIOR_MAPS // max(1, with_maps))
-    jobs = [(root, folder, each, seed, number) for number, (root, folder) in enumerate(videos)]
-    parts = list(pool.map(_prior_part, jobs))
-    if has_training:
-        count = sum(part.maps for part in parts)
-        return CentrePrior(parts, f"mean of {count} training maps", leaves_out=False)
-    if with_maps > 1:
-        return CentrePrior(parts, "mean of the maps of the other scored videos", leaves_out=True)
-    return CentrePrior([], f"Gaussian, sigma {GAUSSIAN_SIGMA:g} of each side", leaves_out=False)
+    ids = sorted(id_ for id_, (_, folder) in folders.items() if folder)
+    if len(ids) > PRIOR_MAPS:
+        ids = sorted(np.random.default_rng(seed).choice(ids, PRIOR_MAPS, replace=False).tolist())
+    each = max(1, PRIOR_MAPS // max(1, len(ids)))
+    jobs = [(*folders[id_], each, seed, zlib.crc32(id_.encode("utf-8", "replace"))) for id_ in ids]
+    total, maps = np.zeros(GRID), 0
+    own: dict[str, PriorPart] = {}
+    for id_, part in zip(ids, pool.map(_prior_part, jobs), strict=True):
+        total, maps = total + part.total, maps + part.maps
+        if id_ in scored:
+            own[id_] = PriorPart(part.total.astype(np.float32), part.maps)
+    if is_training:
+        source = f"mean of {maps} training maps"
+    elif len(ids) > 1:
+        source = "mean of the maps of the other scored videos"
+    else:
+        source = f"Gaussian, sigma {GAUSSIAN_SIGMA:g} of each side"
+    return CentrePrior(PriorPart(total, maps), own, source)
 
 
-def training_maps(root: Path) -> list[tuple[Path, str]]:
-    """Return root and folder of maps of a data set's training videos, without opening any."""
-    return [
-        (video.file.root, video.labels.maps)
+def training_maps(root: Path) -> dict[str, tuple[Path, str]]:
+    """Return by id root and folder of maps of a data set's training videos, opening none."""
+    return {
+        video.file.id: (video.file.root, video.labels.maps)
         for video in find_dataset(root).videos
         if "train" in video.splits
-    ]
+    }
 
 
 def observer_maps(

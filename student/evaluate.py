@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from filelock import FileLock, Timeout
+
 from stores.errors import VideoError
 from stores.progress import Progress
 from student.baselines import (
@@ -13,10 +15,11 @@ from student.baselines import (
 )
 from student.report import EvaluationReport
 from student.scored_set import EvaluateSettings, ScoredSet
-from student.scores import ScoresFile, SourceScores
+from student.scores import ScoresError, ScoresFile, SourceScores, file_name
 from student.scoring import VideoScorer
 from student.sources import Source, SourceError
 
+CENTRE_PRIOR: Final = "centre prior"
 OBSERVERS: Final = "other observers"
 
 
@@ -44,15 +47,45 @@ def evaluate(
         VideoError: The same of a video.
         ScoresError: If ``out`` holds another evaluation, or cannot be written.
     """
-    names = [source.name for source in sources]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"several sources are called {min(twice)!r}; name them with NAME=SOURCE")
+    _check_names([source.name for source in sources], settings)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ScoresError(f"{out} is in use by another evaluation") from error
+    try:
+        return _evaluate(sources, data, out, settings, split)
+    finally:
+        lock.release()
+
+
+def _check_names(names: Sequence[str], settings: EvaluateSettings) -> None:
+    """Raise a ValueError if two sources would have the same files."""
+    known: dict[str, str] = {}
+    baselines = (CENTRE_PRIOR, OBSERVERS) if settings.baselines else ()
+    for name in (*baselines, *names):
+        if (file := file_name(name)) in known:
+            raise ValueError(
+                f"two sources are called {known[file]!r} and {name!r}, and would have the same "
+                "files; name one otherwise with NAME=SOURCE"
+            )
+        known[file] = name
+
+
+def _evaluate(
+    sources: Sequence[Source],
+    data: Path,
+    out: Path,
+    settings: EvaluateSettings,
+    split: str | None,
+) -> EvaluationReport:
     with ScoredSet(data, split, settings) as scored:
         runs: list[tuple[str, Mapping[str, Any], Source | None]] = [
             (source.name, source.identity, source) for source in sources
         ]
         if settings.baselines:
-            prior = CentrePriorSource(scored.prior, scored.numbers)
+            prior = CentrePriorSource(CENTRE_PRIOR, scored.prior)
             runs.append((prior.name, prior.identity, prior))
             if scored.has_observers:
                 runs.append((OBSERVERS, {"kind": OBSERVERS}, None))
@@ -102,13 +135,12 @@ def _score_source(
     return scores
 
 
-def _stamp(source: Source | None, number: int, scored: ScoredSet) -> list[int]:
+def _stamp(source: Source | None, number: int, scored: ScoredSet) -> str:
     """Return by what maps and recorded eyes of a video are taken to be the same as before."""
     truth = scored.truths[number].stamp()
-    stamp = [truth.num_bytes, truth.modified_ns]
     try:
-        return stamp if source is None else stamp + source.stamp(scored.videos[number])
+        return truth if source is None else f"{truth} {source.stamp(scored.videos[number])}"
     except (SourceError, VideoError):
         if not scored.settings.skip_bad:
             raise
-        return stamp
+        return truth

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,7 +43,7 @@ def load_fixations(
     pool: Executor,
     *,
     frames: Sequence[Sequence[int]] | None = None,
-    skip_bad: bool = False,
+    on_bad: Callable[[int, int, str], None] | None = None,
 ) -> list[VideoFixations]:
     """Read where eyes landed in videos.
 
@@ -52,10 +52,11 @@ def load_fixations(
         sizes: Height and width of each.
         pool: Threads that read.
         frames: Frames of each video that are read; all that are recorded if not given.
-        skip_bad: Leave out what cannot be read.
+        on_bad: Told number of the video, frame and reason of what cannot be read, and then is left
+            out; an error if not given.
 
     Raises:
-        GroundTruthError: If a file is damaged, unless that is left out.
+        GroundTruthError: If a file is damaged, and nobody is to be told.
     """
     wanted = frames if frames is not None else [truth.frames for truth in truths]
     parts = [
@@ -66,7 +67,7 @@ def load_fixations(
 
     def read(part: tuple[int, Sequence[int]]) -> tuple[int, dict[int, Points]]:
         index, numbers = part
-        return index, dict(_read(truths[index], numbers, skip_bad=skip_bad))
+        return index, dict(_read(index, truths[index], numbers, on_bad))
 
     found: list[dict[int, Points]] = [{} for _ in truths]
     total = sum(map(len, wanted))
@@ -118,14 +119,18 @@ def draw_others(
 
 
 def _read(
-    truth: GroundTruth, frames: Sequence[int], *, skip_bad: bool
+    number: int,
+    truth: GroundTruth,
+    frames: Sequence[int],
+    on_bad: Callable[[int, int, str], None] | None,
 ) -> Iterator[tuple[int, Points]]:
     for frame in frames:
         try:
             fixations = truth.read_fixations(frame)
-        except GroundTruthError:
-            if not skip_bad:
+        except GroundTruthError as error:
+            if on_bad is None:
                 raise
+            on_bad(number, frame, str(error))
             continue
         if fixations is not None:
             yield frame, np.argwhere(fixations).astype(np.int32)

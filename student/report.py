@@ -27,6 +27,8 @@ TITLES: Final[dict[Measure, str]] = {
     "ig": "IG",
 }
 SHOWN_SKIPPED: Final = 10
+LEAST_VIDEOS: Final = 5
+"""Of fewer, an interval is shown to nobody: the bootstrap would have too little to draw from."""
 
 
 @dataclass
@@ -59,12 +61,9 @@ class EvaluationReport:
         return found + [(scores.name, item) for scores in self.scores for item in scores.skipped]
 
     def difference(self, other: SourceScores, measure: Measure) -> Difference:
-        """Return how much the first source's videos score higher than another's, on average."""
-        return paired_bootstrap(
-            self.scores[0].average(measure).per_video,
-            other.average(measure).per_video,
-            seed=self.seed,
-        )
+        """Return how much higher the first source scores than another, on the same frames."""
+        first, second = common_means(self.scores[0], other, measure)
+        return paired_bootstrap(first, second, seed=self.seed)
 
     def __str__(self) -> str:
         first = self.scores[0]
@@ -88,7 +87,10 @@ class EvaluationReport:
             rows = [(f"{first.name} less", *(scores.name for scores in self.scores[1:]))]
             rows += [self._differences(measure) for measure in self.measures]
             lines += ["", *_table(rows)]
-            lines += ["  means over videos, 95 % intervals of the bootstrap; * leaves out 0"]
+            told = "  means over videos, of the frames that both have a score for"
+            if len(first.videos) >= LEAST_VIDEOS:
+                told += "; 95 % intervals of the bootstrap, * leaves out 0"
+            lines += [told]
         if self.prior:
             lines += ["", f"centre prior: {self.prior}"]
         skipped = self.skipped
@@ -110,15 +112,17 @@ class EvaluationReport:
         ]
 
     def _differences(self, measure: Measure) -> tuple[str, ...]:
-        cells = [TITLES[measure]]
+        cells = [f"{TITLES[measure]} (less is better)" if measure == "kld" else TITLES[measure]]
         for other in self.scores[1:]:
             found = self.difference(other, measure)
             if math.isnan(found.difference):
                 cells.append("-")
                 continue
-            sure = "*" if found.low > 0 or found.high < 0 else " "
-            interval = f"[{found.low:+z.3f}, {found.high:+z.3f}]"
-            cells.append(f"{found.difference:+z.3f}{sure} {interval}")
+            cell = f"{found.difference:+.4f}"
+            if len(self.scores[0].videos) >= LEAST_VIDEOS:
+                sure = "*" if found.low > 0 or found.high < 0 else " "
+                cell += f"{sure} [{found.low:+.4f}, {found.high:+.4f}]"
+            cells.append(cell)
         return tuple(cells)
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,6 +185,28 @@ class EvaluationReport:
             cells = ["" if math.isnan(value) else f"{value:z.6f}" for value in values]
             table.writerow([video.video, len(video.frames), len(video.skipped), *cells])
         return text.getvalue()
+
+
+def common_means(
+    first: SourceScores, second: SourceScores, measure: Measure
+) -> tuple[list[float], list[float]]:
+    """Return the means of both over each video's frames for which both have a score."""
+    means: tuple[list[float], list[float]] = ([], [])
+    for one, other in zip(first.videos, second.videos, strict=True):
+        scores = [
+            {frame: float(v) for frame, v in zip(video.frames, video.values[measure], strict=True)}
+            for video in (one, other)
+        ]
+        common = [
+            frame
+            for frame in one.frames
+            if frame in scores[1]
+            and not (math.isnan(scores[0][frame]) or math.isnan(scores[1][frame]))
+        ]
+        for mean, values in zip(means, scores, strict=True):
+            of_common = [values[frame] for frame in common]
+            mean.append(sum(of_common) / len(of_common) if of_common else math.nan)
+    return means
 
 
 def _skipped(name: str, item: Skipped) -> str:

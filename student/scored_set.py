@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from stores.catalogue import Catalogue, CatalogueVideo, open_catalogue
-from stores.datasets import find_dataset
+from stores.datasets import Kind, find_dataset
 from stores.errors import DatasetError, VideoError
 from stores.ground_truth import GroundTruth
 from student.baselines import (
@@ -33,7 +33,6 @@ from student.scores import Skipped
 log = logging.getLogger(__name__)
 
 Pool = Literal["scored", "train"]
-DEFAULT_SPLITS: Final = {"dhf1k": "val", "hollywood2": "test", "ucf": "test"}
 POOL_FRAMES: Final = 50
 """Frames of each training video whose fixations shuffled AUC draws from, at most."""
 VERSION: Final = 1
@@ -188,6 +187,8 @@ class ScoredSet:
         wanted = set(self.settings.measures) - ON_DENSITIES
         self.fixations: list[VideoFixations] = []
         self.others: list[VideoFixations] = []
+        self.other_numbers: dict[str, int] = {}
+        """Numbers of the scored videos among those of which others are drawn."""
         if not wanted:
             return
         shuffles = "auc_shuffled" in wanted
@@ -197,16 +198,21 @@ class ScoredSet:
             self.sizes,
             self.pool,
             frames=None if takes_scored else self.frames,
-            skip_bad=self.settings.skip_bad,
+            # What is left out here is told by whoever scores the frame.
+            on_bad=(lambda *_: None) if self.settings.skip_bad else None,
         )
         self.others = self.fixations if takes_scored else []
+        self.other_numbers = dict(self.numbers) if takes_scored else {}
         if shuffles and not takes_scored:
             self.others = self._training_fixations()
-        if shuffles and sum(bool(video.seen) for video in self.others) < 2:
+        seen = [number for number, video in enumerate(self.others) if video.seen]
+        own = set(self.other_numbers.values())
+        if shuffles and (not seen or (len(seen) == 1 and seen[0] in own)):
             log.warning("there are no other videos with fixations: shuffled AUC is undefined")
 
     def _training_fixations(self) -> list[VideoFixations]:
         videos = [video for video in self._training() if video.labels]
+        self.other_numbers = {video.record.id: number for number, video in enumerate(videos)}
         truths = [video.ground_truth() for video in videos]
         sizes = [(video.record.height, video.record.width) for video in videos]
         frames = []
@@ -215,8 +221,12 @@ class ScoredSet:
             count = min(POOL_FRAMES, len(truth.frames))
             picks = rng.choice(len(truth.frames), count, replace=False)
             frames.append([truth.frames[pick] for pick in sorted(picks)])
-        skip_bad = self.settings.skip_bad
-        return load_fixations(truths, sizes, self.pool, frames=frames, skip_bad=skip_bad)
+
+        def leave_out(number: int, frame: int, reason: str) -> None:
+            self.left_out.append(Skipped(videos[number].record.id, frame, reason))
+
+        on_bad = leave_out if self.settings.skip_bad else None
+        return load_fixations(truths, sizes, self.pool, frames=frames, on_bad=on_bad)
 
     def _training(self) -> list[CatalogueVideo]:
         catalogue = self.catalogue
@@ -231,18 +241,19 @@ class ScoredSet:
 
     @cached_property
     def prior(self) -> CentrePrior:
-        """Where people look, whatever is shown."""
-        is_training = bool(self.videos) and all("train" in video.splits for video in self.videos)
-        training = [
-            (Path(video.record.root), video.labels.maps)
-            for video in self.catalogue.videos
-            if "train" in video.splits
-        ]
-        if not training and not is_training and self._data.is_dir():
-            training = training_maps(self._data)
-        scored = [(Path(video.record.root), video.labels.maps) for video in self.videos]
+        """Where people look, whatever is shown: in training videos, else in the scored ones."""
+        folders = _map_folders(v for v in self.catalogue.videos if "train" in v.splits)
+        if not folders and self._data.is_dir():
+            folders = training_maps(self._data)
+        is_training = any(folder for _, folder in folders.values())
+        if not is_training:
+            folders = _map_folders(self.videos)
         return learn_prior(
-            scored, training, self.pool, is_training=is_training, seed=self.settings.seed
+            folders,
+            self.pool,
+            scored=self.numbers.keys(),
+            is_training=is_training,
+            seed=self.settings.seed,
         )
 
     @cached_property
@@ -259,6 +270,16 @@ class ScoredSet:
         if "ig" in self.settings.measures:
             values["prior"] = self.prior.digest
         return {**values, **self.settings.identity}
+
+
+def _usual_split(kind: Kind, splits: Collection[str]) -> str | None:
+    """Return the split that is reported on, if a data set has splits."""
+    usual = ("val", "test") if kind == "dhf1k" else ("test", "val")
+    return next((name for name in usual if name in splits), None)
+
+
+def _map_folders(videos: Iterable[CatalogueVideo]) -> dict[str, tuple[Path, str]]:
+    return {video.record.id: (Path(video.record.root), video.labels.maps) for video in videos}
 
 
 def _scorable(video: CatalogueVideo, truth: GroundTruth) -> list[int]:
@@ -282,11 +303,8 @@ def _open(data: Path, split: str | None) -> tuple[Catalogue, str | None]:
     """Open a data set at a split, or at that which the field reports on."""
     if not data.is_dir():
         catalogue = Catalogue.load(data)
-        if split is None and (usual := DEFAULT_SPLITS.get(catalogue.kind)) in catalogue.splits:
-            split = usual
-        return catalogue, split
+        return catalogue, split or _usual_split(catalogue.kind, catalogue.splits)
     if split is None:
         dataset = find_dataset(data)
-        usual = DEFAULT_SPLITS.get(dataset.kind)
-        split = usual if any(usual in video.splits for video in dataset.videos) else None
+        split = _usual_split(dataset.kind, {n for video in dataset.videos for n in video.splits})
     return open_catalogue(data, split=split), split

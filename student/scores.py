@@ -46,7 +46,7 @@ class VideoScores:
     values: Mapping[Measure, npt.NDArray[np.float64]]
     """For each measure one score per frame; NaN where it is undefined."""
     skipped: tuple[Skipped, ...] = ()
-    stamp: list[int] = field(default_factory=list)
+    stamp: str = ""
     """By which maps and recorded eyes are taken to be the same as before."""
 
 
@@ -152,7 +152,7 @@ class ScoresFile:
                 continue
             try:
                 found.append(_from_json(item, self._measures))
-            except (KeyError, TypeError, ValueError, AttributeError):
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
                 continue
         return found
 
@@ -214,7 +214,7 @@ def _from_json(item: Mapping[str, Any], measures: Sequence[Measure]) -> VideoSco
         Skipped(name, None if frame is None else int(frame), str(reason))
         for frame, reason in item["skipped"]
     )
-    return VideoScores(name, frames, values, skipped, [int(value) for value in item["stamp"]])
+    return VideoScores(name, frames, values, skipped, str(item["stamp"]))
 
 
 def _difference(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> str:

@@ -66,14 +66,13 @@ class VideoScorer:
         self._skipped: list[Skipped] = []
         self._scores: dict[int, Scores] = {}
 
-    def score(self, frames: Sequence[int], stamp: list[int]) -> VideoScores:
+    def score(self, frames: Sequence[int], stamp: str) -> VideoScores:
         """Score frames.
 
         Raises:
             TinyHDError: If something is missing or damaged and that is not to be left out.
         """
         id_ = self._video.record.id
-        left = list(frames)
         waiting: deque[tuple[int, Future[dict[int, Scored]]]] = deque()
         try:
             left = self._available(frames)
@@ -90,10 +89,11 @@ class VideoScorer:
                 future.cancel()
             if not self._settings.skip_bad:
                 raise
-            done = {*self._scores, *(item.frame for item in self._skipped)}
-            rest = [frame for frame in left if frame not in done]
-            self._skipped.append(Skipped(id_, None, f"{len(rest)} frames: {error}"))
-            self._progress.advance(len(rest), note=self._note)
+            # What was scored of it goes, too: how much that is would depend on the threads.
+            told = len(self._scores) + len(self._skipped)
+            self._scores.clear()
+            self._skipped = [Skipped(id_, None, str(error))]
+            self._progress.advance(max(0, len(frames) - told), note=self._note)
         numbers = tuple(sorted(self._scores))
         values = {
             measure: np.array([self._scores[number][measure] for number in numbers], np.float64)
@@ -150,13 +150,15 @@ class VideoScorer:
         self._check_maps(frames, maps)
         if self._settings.through_png and self._source is not None and not self._source.is_8_bit:
             maps = [finish_map(np.asarray(m, np.float32), *self._size, "paper") for m in maps]
-        self._check_size(maps[0])
+        for saliency in maps:
+            self._check_size(saliency)
         wants_maps = bool(set(self._settings.measures) & ON_DENSITIES)
-        groups: dict[tuple[bool, bool], list[_Case]] = {}
+        groups: dict[tuple[Any, ...], list[_Case]] = {}
         for frame, saliency in zip(frames, maps, strict=True):
             density = self._truth.read_density(frame) if wants_maps else None
             case = _Case(frame, saliency, density, self._points_of(frame))
-            groups.setdefault((case.density is None, case.points is None), []).append(case)
+            kind = (saliency.shape, saliency.dtype, case.density is None, case.points is None)
+            groups.setdefault(kind, []).append(case)
         found: dict[int, Scores] = {}
         for cases in groups.values():
             scores = self._measure(cases)
@@ -165,11 +167,11 @@ class VideoScorer:
         return found
 
     def _check_size(self, saliency: AnyMap) -> None:
-        """Raise a ValueError if the protocol does not take maps of this size."""
+        """Raise a SourceError if the protocol does not take a map of this size."""
         protocol = PROTOCOLS[self._settings.protocol]
         if self._source is not None and not protocol.resize and saliency.shape != self._size:
             sizes = ["x".join(map(str, size)) for size in (saliency.shape, self._size)]
-            raise ValueError(
+            raise SourceError(
                 f"maps by {self._source.name} are {sizes[0]}, the ground truth of "
                 f"{self._video.record.id!r} is {sizes[1]}, and the protocol {protocol.name!r} does "
                 "not resize: add --through-png, or take the protocol dhf1k"
@@ -230,11 +232,6 @@ class VideoScorer:
         for frame, saliency in zip(frames, maps, strict=True):
             if saliency.dtype.kind == "f" and not np.isfinite(saliency).all():
                 raise SourceError(f"the map of frame {frame} {whose} is not finite")
-            if saliency.shape != maps[0].shape:
-                sizes = ["x".join(map(str, m.shape)) for m in (maps[0], saliency)]
-                raise SourceError(
-                    f"the map of frame {frame} {whose} is {sizes[1]}, others are {sizes[0]}"
-                )
 
     def _points_of(self, frame: int) -> Points | None:
         """Return where eyes landed; what could not be read before is read again, to say why."""
@@ -255,14 +252,14 @@ class VideoScorer:
             frame=frame,
             seed=self._settings.seed,
             size=self._size,
-            without=self._number if scored.others is scored.fixations else None,
+            without=scored.other_numbers.get(self._video.record.id),
         )
         return _pixels(drawn)
 
     def _prior(self) -> torch.Tensor | None:
         if "ig" not in self._settings.measures:
             return None
-        return _on(self._set.prior.at(self._number, self._size), self._settings.device)
+        return _on(self._set.prior.at(self._video.record.id, self._size), self._settings.device)
 
 
 def _pixels(points: Points | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,8 +16,9 @@ import numpy.typing as npt
 from stores.catalogue import CatalogueVideo
 from stores.decode import decode_images, decode_video
 from stores.errors import ImageError, TinyHDError, VideoError
-from stores.ground_truth import GroundTruth, pair_labels
+from stores.ground_truth import GroundTruth
 from stores.images import list_images, read_gray
+from stores.pairing import pair_labels
 from stores.shards import LabelSet
 from stores.targets import TargetStore
 from stores.videos import FileStamp, hash_file
@@ -64,13 +66,14 @@ class Source(ABC):
     def identity(self) -> dict[str, Any]:
         """What decides its maps, as plain values: scores of equal sources are equal."""
 
-    def stamp(self, video: CatalogueVideo) -> list[int]:
+    def stamp(self, video: CatalogueVideo) -> str:
         """Return by what a video's maps are taken to be the same as before, if they may change.
 
         Raises:
             SourceError: If they are not there.
+            VideoError: If the video is gone.
         """
-        return []
+        return ""
 
     def available(self, video: CatalogueVideo, truth: GroundTruth) -> set[int]:
         """Return the frames of which it has a map.
@@ -115,6 +118,10 @@ class StudentSource(Source):
     @property
     def identity(self) -> dict[str, Any]:
         return {"kind": "student", "weights_sha256": self._hash}
+
+    def stamp(self, video: CatalogueVideo) -> str:
+        stamp = FileStamp.of(video.record.absolute)
+        return f"{stamp.num_bytes} {stamp.modified_ns}"
 
     def batches(
         self, video: CatalogueVideo, truth: GroundTruth, frames: Sequence[int]
@@ -175,9 +182,14 @@ class FolderSource(Source):
     def identity(self) -> dict[str, Any]:
         return {"kind": "folder"}  # what lies in it is told by its stamps
 
-    def stamp(self, video: CatalogueVideo) -> list[int]:
-        stamp = FileStamp.of(self._folder_of(video))
-        return [stamp.num_bytes, stamp.modified_ns]
+    def stamp(self, video: CatalogueVideo) -> str:
+        folder = self._folder_of(video)
+        digest = hashlib.sha256()
+        for name in list_images(folder):
+            stamp = FileStamp.of(folder / name)
+            told = f"{name} {stamp.num_bytes} {stamp.modified_ns}\n"
+            digest.update(told.encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
     def batches(
         self, video: CatalogueVideo, truth: GroundTruth, frames: Sequence[int]
@@ -241,8 +253,8 @@ class LabelSetSource(Source):
     def identity(self) -> dict[str, Any]:
         return {"kind": "labels", "fingerprint": self._labels.fingerprint}
 
-    def stamp(self, video: CatalogueVideo) -> list[int]:
-        return [sum(map(len, self._labels.coverage(self._id_of(video))))]
+    def stamp(self, video: CatalogueVideo) -> str:
+        return str(self._labels.coverage(self._id_of(video)))
 
     def batches(
         self, video: CatalogueVideo, truth: GroundTruth, frames: Sequence[int]
@@ -298,9 +310,8 @@ def open_source(given: str, *, device: str = "cpu", batch: int | None = None) ->
     if (match := NAME.fullmatch(given)) is not None and not Path(given).exists():
         name, what = match[1], match[2]
     store, _, labels = what.partition("/labels/")
-    is_url = "://" in what
     path = Path(what)
-    if is_url or labels or (path / "zarr.json").is_file():
+    if "://" in what or (Path(store) / "zarr.json").is_file():
         label_set = TargetStore.open(store).label_set(labels.strip("/") or None)
         return LabelSetSource(name or label_set.name, label_set)
     if path.is_dir():

@@ -58,7 +58,7 @@ def test_dhf1k_as_downloaded(miniatures: Miniatures) -> None:
         assert video.file.path == f"video/{number:03d}.AVI"
         assert official(number) in video.splits
         base = f"annotation/{id_}"
-        there = LabelFolders(f"{base}/maps", f"{base}/fixation")
+        there = LabelFolders(f"{base}/maps", f"{base}/fixation", offset=1)
         assert video.labels == (LabelFolders() if number == 701 else there)
     assert ids(dataset.choose("val")) == ["0601", "0602"]
     assert ids(dataset.choose("test")) == ["0701"]

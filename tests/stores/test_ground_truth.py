@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from stores.catalogue import scan
 from stores.datasets import DatasetVideo, LabelFolders, find_dataset
 from stores.decode import decode_spans, decode_video, index_video
 from stores.errors import GroundTruthError
@@ -20,10 +21,10 @@ from stores.ground_truth import (
     GroundTruth,
     fixation_map,
     move_points,
-    pair_labels,
     resize_fixations,
 )
 from stores.images import list_images
+from stores.pairing import pair_labels
 from tests.miniature import (
     BROKEN,
     DHF1K,
@@ -513,3 +514,49 @@ def test_fixations_of_jpegs_and_sparse_matrices_are_as_many_as_there_were(tmp_pa
         fixations = truth.read_fixations(frame)
         assert fixations is not None
         np.testing.assert_array_equal(np.argwhere(fixations), np.argwhere(points))
+
+
+def test_one_offset_counts_for_maps_and_fixations(labels: Callable[..., GroundTruth]) -> None:
+    """Nobody looked at frame 0, which has no fixation map; its map tells how to count."""
+    truth = labels(4, maps=[0, 1, 2, 3], fixations=[1, 2, 3])
+    assert truth.frames == [0, 1, 2, 3]
+    for frame in (1, 2, 3):
+        density, fixations = truth.read(frame)
+        assert density is not None
+        assert density.max() == frame
+        assert fixations is not None
+        assert fixations.flatten().argmax() == frame
+
+
+def test_padding_of_numbers_means_nothing() -> None:
+    images = [f"{number:06d}.png" for number in range(1, 6)]
+    assert pair_labels(["0001", "0002", "0004"], 5, images) == [0, 1, 3]
+
+
+def test_other_videos_tell_how_labels_are_numbered(tmp_path: Path) -> None:
+    """Images from 0, labels from 1; one video lacks its last label, which leaves it in doubt."""
+    for video, count in (("0601", 5), ("0602", 6), ("0603", 6)):
+        for number in range(6):
+            pixel = np.full((6, 8), number, np.uint8)
+            write_png(tmp_path / "video" / video / f"{number:04d}.png", pixel)
+            if number < count:
+                label = tmp_path / "annotation" / video / "maps" / f"{number + 1:04d}.png"
+                write_png(label, pixel)
+    catalogue = scan(tmp_path)
+    assert any("numbered higher than images" in problem for problem in catalogue.problems)
+    assert [video.census.maps for video in catalogue.videos] == [5, 6, 6]
+    for found in catalogue.videos:
+        truth = found.ground_truth()
+        for frame in truth.frames:
+            density = truth.read_density(frame)
+            assert density is not None
+            assert density.max() == frame
+
+
+def test_a_mat_that_claims_too_much_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "fixation" / "0001.mat"
+    path.parent.mkdir()
+    savemat(path, {"I": np.zeros((9000, 9000), np.uint8)}, do_compression=True)
+    truth = GroundTruth(tmp_path, LabelFolders(fixations="fixation"), frames=1)
+    with pytest.raises(GroundTruthError, match="9000x9000 pixels"):
+        truth.read_fixations(0)

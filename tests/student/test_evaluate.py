@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from stores.errors import DatasetError, GroundTruthError
 from stores.ground_truth import GroundTruth
 from student.checkpoints import save_checkpoint
 from student.evaluate import evaluate
+from student.fixations import draw_others
 from student.metrics import score
 from student.pictures import PostProcessing
 from student.predict import PredictSettings, predict_videos
@@ -242,7 +244,7 @@ def test_another_evaluation_is_not_written_over(dhf1k: Path, maps: Path, tmp_pat
     other = EvaluateSettings(measures=("nss",), baselines=False, workers=2)
     with pytest.raises(ScoresError, match=r"another evaluation \(measures differ\).*--out"):
         evaluate(folders(maps, "half"), dhf1k, tmp_path, other)
-    with pytest.raises(ValueError, match="several sources are called 'half'"):
+    with pytest.raises(ValueError, match="two sources are called 'half' and 'half'"):
         evaluate(folders(maps, "half", "half"), dhf1k, tmp_path / "twice", QUICK)
 
 
@@ -381,7 +383,7 @@ def test_nothing_to_score_on_is_an_error(
         evaluate(folders(maps, "half"), miniatures("plain"), tmp_path, QUICK)
     with pytest.raises(DatasetError, match="no split 'holdout'; it has"):
         evaluate(folders(maps, "half"), miniatures("dhf1k"), tmp_path, QUICK, split="holdout")
-    with pytest.raises(DatasetError, match=r"cutInHalf.*4 such videos.*--skip-bad"):
+    with pytest.raises(DatasetError, match=r"cutInHalf.*2 such videos.*--skip-bad"):
         evaluate(folders(maps, "half"), miniatures("kinetics"), tmp_path, QUICK)
 
 
@@ -427,3 +429,81 @@ def test_images_of_another_size_are_no_frames_to_score_on(
     frames = {video.video: len(video.frames) for video in report.scores[0].videos}
     assert frames == {"Kicking-Front-001": 18, "Run-Side-001": 23}
     assert odd.name in report.skipped[0][1].reason
+
+
+def test_sources_are_compared_on_the_frames_that_both_have(
+    dhf1k: Path, maps: Path, tmp_path: Path
+) -> None:
+    """A copy of some of the maps is neither better nor worse than all of them."""
+    shutil.copytree(maps / "half", tmp_path / "some")
+    for file in sorted((tmp_path / "some" / "0601").iterdir())[:30]:
+        file.unlink()
+    skipping = EvaluateSettings(**{**vars(QUICK), "skip_bad": True})
+    sources = [FolderSource("some", tmp_path / "some"), FolderSource("all", maps / "half")]
+    report = evaluate(sources, dhf1k, tmp_path / "scores", skipping)
+    some, every = report.scores
+    assert some.average("nss").micro != every.average("nss").micro
+    assert report.difference(every, "nss").difference == 0
+
+
+def test_labels_that_are_renamed_are_scored_anew(
+    miniatures: Miniatures, maps: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "dhf1k"
+    shutil.copytree(miniatures("dhf1k"), root)
+    settings = EvaluateSettings(measures=("cc",), baselines=False, workers=2)
+    before = evaluate(folders(maps, "truth"), root, tmp_path / "scores", settings)
+    assert mean(before, "truth", "cc") == pytest.approx(1)
+    folder = root / "annotation" / "0601" / "maps"
+    for file in sorted(folder.iterdir()):
+        file.rename(file.with_suffix(".old"))
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(folder / f"{(number + 7) % 48 + 1:04d}.png")
+    after = evaluate(folders(maps, "truth"), root, tmp_path / "scores", settings)
+    assert mean(after, "truth", "cc") < 0.99
+
+
+def test_a_video_never_draws_its_own_fixations(
+    miniatures: Miniatures, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, int | None]] = []
+
+    def note(pool: Any, **options: Any) -> Any:  # noqa: ANN401 - as the function itself
+        drawn.append((options["video"], options["without"]))
+        return draw_others(pool, **options)
+
+    monkeypatch.setattr("student.scoring.draw_others", note)
+    settings = EvaluateSettings(
+        measures=("auc_shuffled",), other="train", baselines=False, max_frames=12, workers=1
+    )
+    source = open_source(str(checkpoint))
+    evaluate([source], miniatures("dhf1k"), tmp_path, settings, split="train")
+    assert drawn
+    assert all(without == video for video, without in drawn)
+
+
+def test_a_video_that_ends_early_is_left_out_whole(
+    miniatures: Miniatures, checkpoint: Path, tmp_path: Path
+) -> None:
+    """However many threads there are, and no longer than it is damaged."""
+    root = tmp_path / "dhf1k"
+    shutil.copytree(miniatures("dhf1k"), root)
+    scan(root).save(tmp_path / "data.jsonl")
+    video = root / "video" / "601.AVI"
+    whole = video.read_bytes()
+    skipping = EvaluateSettings(**{**vars(QUICK), "skip_bad": True})
+    for workers in (1, 3):
+        video.write_bytes(whole[: len(whole) // 2])
+        settings = EvaluateSettings(**{**vars(skipping), "workers": workers})
+        out, source = tmp_path / f"scores{workers}", open_source(str(checkpoint))
+        cut = evaluate([source], tmp_path / "data.jsonl", out, settings)
+        assert [len(item.frames) for item in cut.scores[0].videos] == [0, 42]
+        video.write_bytes(whole)
+        mended = evaluate([source], tmp_path / "data.jsonl", out, settings)
+        assert [len(item.frames) for item in mended.scores[0].videos] == [48, 42]
+
+
+def test_a_folder_called_labels_is_no_store(maps: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    shutil.copytree(maps / "half", tmp_path / "labels" / "half")
+    assert isinstance(open_source(str(tmp_path / "labels" / "half")), FolderSource)
