@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from stores.errors import TinyHDError
 from student.checkpoints import read_checkpoint, save_checkpoint
+from student.pictures import Picture
 from student.tinyhd import TinyHD
 
 
@@ -86,6 +87,14 @@ class RunDir:
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         for name, value in values.items():
             self._curve.add_scalar(f"{kind}/{name}", value, step)
+
+    def keep_recipe(self, text: str) -> None:
+        """Leave the recipe, complete, as a file that can be trained from again."""
+        _write_whole(self.path / "recipe.yaml", text)
+
+    def show(self, name: str, step: int, picture: Picture) -> None:
+        """Add a picture to what TensorBoard shows."""
+        self._curve.add_image(name, picture, step, dataformats="HWC")
 
     def _forget_after(self, step: int, *, is_mid_epoch: bool) -> None:
         """Drop what a killed process logged behind its last checkpoint; it will be done again."""

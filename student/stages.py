@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from student.experiment import RecipeError, build_recipe, merge_values, write_recipe
+from student.experiment import RecipeError, build_recipe, merge_values
 from student.recipe import TrainConfig
 from student.train import TrainState, train
 
@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 STAGES: Final = "stages"
 NAME: Final = re.compile(r"\w[\w.-]*")
 REFERENCE: Final = "stage:"
-RECIPE: Final = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,6 @@ def train_stages(
             log.info("stage %d of %d: %s", number + 1, len(stages), stage.name)
         config = _with_students(stage.config, out)
         state = train(store, folder, config, **options)
-        _keep_recipe(folder, config)
         if not state.is_complete:
             break
     return state
@@ -124,11 +122,3 @@ def _checkpoint_of(given: str, out: Path) -> str:
     if not given.startswith(REFERENCE):
         return given
     return str(out / given.removeprefix(REFERENCE) / "best.pt")
-
-
-def _keep_recipe(folder: Path, config: TrainConfig) -> None:
-    """Leave the recipe, complete, as a file that can be trained from again."""
-    path = folder / RECIPE
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(write_recipe(config), encoding="utf-8")
-    partial.replace(path)

@@ -21,6 +21,7 @@ from stores.targets import TargetStore
 from stores.videos import hash_file
 from student.checkpoints import load_model
 from student.clips import ClipDataset, load_batches
+from student.experiment import write_recipe
 from student.pools import (
     ClipKey,
     ClipPools,
@@ -117,6 +118,7 @@ def train(
     term = config.supervision.assistant
     assistant = load_assistant(term, config, device) if term is not None else None
     with RunDir.open(out, _identity(config, opened, sources, recorded, pools)) as run:
+        run.keep_recipe(write_recipe(config))
         torch.manual_seed(config.seed)
         model = _start(config).to(device)
         supervisor = Supervisor(config, sources, assistant)

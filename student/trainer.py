@@ -22,6 +22,7 @@ from student.losses import Losses, add_terms
 from student.pools import ClipKey
 from student.recipe import Optimisation, TrainConfig
 from student.runs import RunDir
+from student.snapshots import draw_snapshot
 from student.supervision import Supervisor
 from student.tinyhd import TinyHD, normalise_frames
 from student.validation import Validation, validate
@@ -270,7 +271,18 @@ class Trainer:
         return model
 
     def _validate(self, batches: Iterator[Batch]) -> Validation:
-        found = validate(self._averaged(), self._counted(batches), self._supervisor)
+        shown: list[Batch] = []
+
+        def keeping_first() -> Iterator[Batch]:
+            for batch in self._counted(batches):
+                shown[:] = shown or [batch]  # the same clips in every epoch
+                yield batch
+
+        model = self._averaged()
+        found = validate(model, keeping_first(), self._supervisor)
+        if shown:
+            picture = draw_snapshot(model, shown[0], self._supervisor)
+            self._run.show("held out", self.state.step, picture)
         if not math.isfinite(found.total):
             raise TrainingError(
                 f"the validation after step {self.state.step} gave a total of {found.total}; the "
