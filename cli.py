@@ -391,9 +391,9 @@ def train_command(
 ) -> None:
     """Train a student from the soft targets of a store.
 
-    What is trained, and how, is a recipe: a preset, a file over it, --set over both, and the options
-    from --labels to --max-bad-share over all. A stopped run is continued exactly by the same
-    command. Show curves and pictures with: tensorboard --logdir OUT
+    What is trained, and how, is a recipe: a preset, a file over it, --set over both, and the
+    options from --labels to --max-bad-share over all. A stopped run is continued exactly by the
+    same command. Show curves and pictures with: tensorboard --logdir OUT
 
     \b
     Example:
