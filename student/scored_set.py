@@ -80,7 +80,8 @@ class EvaluateSettings:
         """What decides the score of a map."""
         names = ("protocol", "other", "seed", "max_frames", "through_png")
         values = {name: getattr(self, name) for name in names}
-        return {"scoring": VERSION, "measures": list(self.measures), **values}
+        measures = [measure for measure in MEASURES if measure in self.measures]
+        return {"scoring": VERSION, "measures": measures, **values}
 
 
 class ScoredSet:
@@ -160,6 +161,7 @@ class ScoredSet:
             log.warning("%s: %s", id_, problem)
         try:
             truth = video.ground_truth()
+            _ = truth.frames  # a table of points is read here, and may be damaged
         except VideoError as error:
             if not self.settings.skip_bad:
                 raise

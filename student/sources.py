@@ -222,7 +222,10 @@ class FolderSource(Source):
         found = [by_label.get(stem) for stem in stems]
         of_predict = any((place / RECORD).is_file() for place in (folder, folder.parent))
         if of_predict or None in found:
-            found = pair_labels(stems, frames, video.frame_names())
+            by_number = pair_labels(stems, frames, video.frame_names())
+            # A map too many does not change what the others are called by.
+            if of_predict or by_number.count(None) < found.count(None):
+                found = by_number
         return {frame: name for frame, name in zip(found, names, strict=True) if frame is not None}
 
     def _folder_of(self, video: CatalogueVideo) -> Path:

@@ -507,3 +507,45 @@ def test_a_folder_called_labels_is_no_store(maps: Path, tmp_path: Path) -> None:
     (tmp_path / "labels").mkdir()
     shutil.copytree(maps / "half", tmp_path / "labels" / "half")
     assert isinstance(open_source(str(tmp_path / "labels" / "half")), FolderSource)
+
+
+def test_a_map_too_many_does_not_shift_the_others(tmp_path: Path) -> None:
+    """Labels from 0 and maps called as they are, and one map behind the end."""
+    root, given = tmp_path / "data", tmp_path / "given"
+    rng = np.random.default_rng(0)
+    for name, count in (("a", 6), ("b", 5)):
+        for folder in (root / name / "images", root / name / "maps", given / name):
+            folder.mkdir(parents=True)
+        for number in range(count):
+            density = rng.integers(0, 256, (32, 48), np.uint8)
+            if number < 5:
+                Image.new("RGB", (48, 32)).save(root / name / "images" / f"{number:04d}.png")
+                Image.fromarray(density).save(root / name / "maps" / f"{number + 1:04d}.png")
+            Image.fromarray(density).save(given / name / f"{number + 1:04d}.png")
+    settings = EvaluateSettings(measures=("cc",), baselines=False, workers=1)
+    report = evaluate([FolderSource("given", given)], root, tmp_path / "scores", settings)
+    average = report.scores[0].average("cc")
+    assert average.frames == 10
+    assert average.micro == pytest.approx(1)
+
+
+def test_a_damaged_table_of_points_leaves_its_video_out(
+    miniatures: Miniatures, maps: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "dhf1k"
+    shutil.copytree(miniatures("dhf1k"), root)
+    (root / "annotation" / "0601" / "fixations.csv").write_text("frame,x\n1,2\n")
+    with pytest.raises(GroundTruthError, match="has no column 'y'"):
+        evaluate(folders(maps, "half"), root, tmp_path / "scores", QUICK)
+    skipping = EvaluateSettings(**{**vars(QUICK), "skip_bad": True})
+    report = evaluate(folders(maps, "half"), root, tmp_path / "scores", skipping)
+    assert [video.video for video in report.scores[0].videos] == ["0602"]
+    assert report.left_out[0].video == "0601"
+
+
+def test_the_order_of_measures_makes_no_other_evaluation(
+    dhf1k: Path, maps: Path, tmp_path: Path
+) -> None:
+    for measures in (("nss", "cc"), ("cc", "nss")):
+        settings = EvaluateSettings(**{**vars(QUICK), "measures": measures})
+        evaluate(folders(maps, "half"), dhf1k, tmp_path, settings)
