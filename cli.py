@@ -231,7 +231,7 @@ def distill_command(
     from fractions import Fraction
 
     from distill import Budget, DistillSettings, label_videos
-    from student.memory import keep_freed_memory
+    from stores.memory import keep_freed_memory
 
     keep_freed_memory()  # of what is labelled in this very process
     if not (videos or lists):
@@ -399,8 +399,8 @@ def train_command(
     Example:
         python cli.py train --store targets.zarr --out runs/first
     """
+    from stores.memory import keep_freed_memory
     from student.experiment import gather_values
-    from student.memory import keep_freed_memory
     from student.stages import build_stages, train_stages
 
     keep_freed_memory()
@@ -543,8 +543,8 @@ def predict_command(
     Example:
         python cli.py predict holiday.mp4 --checkpoint tinyhd-m-rc4.pt --out saliency
     """
+    from stores.memory import keep_freed_memory
     from stores.videos import hash_file
-    from student.memory import keep_freed_memory
     from student.predict import PredictSettings, predict_videos
     from student.runtimes import load_runtime
 
@@ -650,8 +650,8 @@ def evaluate_command(
     Example:
         python cli.py evaluate runs/first/best.pt --data DHF1K.jsonl --out scores
     """
+    from stores.memory import keep_freed_memory
     from student.evaluate import evaluate
-    from student.memory import keep_freed_memory
     from student.scored_set import EvaluateSettings
     from student.sources import open_source
 

@@ -30,20 +30,21 @@ import numpy as np
 import torch
 
 from distill.events import Labelled, ShardDone, WorkerEvent
-from distill.executors import RayExecutor, start_ray
+from distill.executors import RayExecutor
 from distill.failures import FailureList
 from distill.plan import Found, Target, Task, plan_tasks
 from distill.run import DistillReport, label_videos, run_tasks
 from distill.settings import DistillSettings
 from distill.worker import WorkerInfo, WorkerSettings
+from stores.cluster import start_ray
 from stores.decode import decode_video
 from stores.finding import find_videos
+from stores.memory import keep_freed_memory
 from stores.probing import Probe, probe_videos
 from stores.receipts import Receipt
 from stores.schema import environment
 from stores.targets import TargetStore
 from stores.videos import VideoRecord
-from student.memory import keep_freed_memory
 
 SHARD_FRAMES = 16
 TEACHERS = {"pqft": "pqft", "hd2s": "teachers.hd2s:Hd2sTeacher"}

@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 from stores.catalogue import scan
+from stores.memory import keep_freed_memory
 from student.evaluate import evaluate
-from student.memory import keep_freed_memory
 from student.metrics import MEASURES
 from student.scored_set import EvaluateSettings
 from student.sources import FolderSource

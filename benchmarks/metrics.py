@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.plain_metrics import plain_scores
-from student.memory import keep_freed_memory
+from stores.memory import keep_freed_memory
 from student.metrics import MEASURES, score_batch
 from student.protocols import Measure
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain import PlainTinyHD
+from stores.memory import keep_freed_memory
 from student.config import VARIANTS, TinyHDConfig
 from student.cost import computed_macs, cost_of
 from student.export import export_onnx
-from student.memory import keep_freed_memory
 from student.reference import export_weights
 from student.runtimes import OnnxRuntime, OpenVino
 from student.streaming import StreamingStudent

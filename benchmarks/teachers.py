@@ -12,7 +12,7 @@ to the one before it:
 - in a batch
 - channels last: numbers of one pixel lie together
 - norms folded: worked into the weights of the convolution before them
-- freed memory kept: see ``student/memory.py``
+- freed memory kept: see ``stores/memory.py``
 - windows shared: see ``teachers/shared.py``; the row that ``tinyhd distill`` is at
 - compiled: by ``torch.compile``, if asked for
 
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from student.memory import keep_freed_memory
+from stores.memory import keep_freed_memory
 from teachers import s3d, shared, vinet_s
 from teachers.base import DTYPES
 from teachers.network import NetworkTeacher

@@ -34,12 +34,12 @@ from distill.demo import sample_clips
 from stores.decode import decode_video, decoder_version
 from stores.finding import find_videos
 from stores.frames import resize_frames
+from stores.memory import keep_freed_memory
 from stores.probing import Probe, probe_videos
 from stores.schema import FrameRequest, LabelRequest, environment
 from stores.targets import TargetStore
 from student.clips import Batch, ClipContent, ClipDataset, load_batches
 from student.config import build_config
-from student.memory import keep_freed_memory
 from student.pools import ClipKey
 from student.recipe import GroundTruthTerm, LabelTerm, Optimisation, Supervision, TrainConfig
 from student.runs import RunDir
@@ -156,8 +156,8 @@ def measure(
         RunDir.open(run / "distilled", {}) as first,
         RunDir.open(run / "plain", {}) as second,
     ):
-        from_store = Trainer(model, distilled, Supervisor(distilled, sources, None), first)
-        from_map = Trainer(model, plain, Supervisor(plain, (), None), second)
+        from_store = Trainer(model, distilled, Supervisor(distilled, sources), first)
+        from_map = Trainer(model, plain, Supervisor(plain, ()), second)
 
         def read(dataset: ClipDataset) -> Batch:
             lasts = rng.integers(30, FRAMES, options.batch)

@@ -51,7 +51,7 @@ SIZE: Final = (64, 96)
 """A ninth of the published 192x256, so that two CPU cores train it in minutes."""
 CONFIG: Final = TrainConfig(
     student=build_config(VARIANT, height=SIZE[0], width=SIZE[1]),
-    sampling=Sampling(clips_per_video=16, holdout=0.25),
+    sampling=Sampling(clips_per_video=16, holdout=0.25, holdout_of="frames"),
     optimisation=Optimisation(epochs=10, learning_rate=0.1),
 )
 PANEL: Final = (180, 320)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
 import platform
-import socket
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -29,9 +26,9 @@ from distill.events import (
 )
 from distill.plan import Task, Unit
 from distill.worker import LabelWorker, WorkerError, WorkerInfo, WorkerSettings
+from stores.cluster import death_of, start_ray
 from stores.errors import TargetStoreError
 from stores.schema import LabelRequest
-from student.memory import KEEP_FREED
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +40,11 @@ START_SECONDS: Final = 600.0
 """For a worker of this machine to load its teacher, at least."""
 WAIT_SECONDS: Final = 60.0
 """Between two remarks that Ray does not start a worker."""
-REACH_SECONDS: Final = 10.0
-"""For a cluster to take a connection."""
 DEATH_SECONDS: Final = 10.0
 """How long a killed process of this machine is waited for."""
 HANG_SECONDS: Final = 600.0
 """A worker that gets nothing done for so long is taken to hang."""
 ALL: Final = 2**31
-OBJECT_STORE_BYTES: Final = 256 * 2**20
-"""Of a Ray of our own; only paths and receipts pass through it."""
-PACKAGES: Final = ("distill", "stores", "student", "teachers")
 
 
 @dataclass
@@ -297,7 +289,7 @@ class RayExecutor(Executor):
 
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
-            start_ray(self._address, teacher=self._settings.teacher)
+            start_ray(self._address, factory=self._settings.teacher)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -438,7 +430,7 @@ class RayExecutor(Executor):
             if actor.info is None:
                 yield from self._start_again(actor, error)
             else:
-                yield from self._replace(actor, Stumble(_death(error), str(error), "unit"))
+                yield from self._replace(actor, Stumble(death_of(error), str(error), "unit"))
 
     def _note(self, actor: _Actor, events: Sequence[WorkerEvent]) -> Iterator[Event]:
         for event in events:
@@ -532,82 +524,6 @@ class RayExecutor(Executor):
         return min(self._number or max(1, most), num_units)
 
 
-def start_ray(address: str | None, *, teacher: str = "") -> None:
-    """Connect to a cluster, or start a quiet Ray of our own on this machine.
-
-    Args:
-        address: Of the cluster, whose machines are sent the code that they need.
-        teacher: What labels; the package of one's own is sent, too.
-
-    Raises:
-        WorkerError: If the cluster cannot be used.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    quiet: dict[str, Any] = {}
-    if not log.isEnabledFor(logging.DEBUG):
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        # Ray prints to the standard output what it thinks of a dead worker, whatever it is told;
-        # that it need not, only its debugger can say.
-        ray._private.worker._worker_logs_enabled = False
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
-    if address is not None:
-        _check_reachable(address)
-        # Every machine works with the code of this one, installed there or not.
-        here = Path(__file__).resolve().parent.parent
-        modules = [str(here / name) for name in PACKAGES] + _package_of(teacher)
-        environment = {"py_modules": modules, "env_vars": dict(KEEP_FREED)}
-        try:
-            ray.init(address=address, runtime_env=environment, **quiet)
-        except (OSError, RuntimeError, ValueError) as error:
-            lines = str(error).strip().splitlines()
-            said = lines[0].strip("'").rstrip(".") if lines else type(error).__name__
-            raise WorkerError(f"cannot use the Ray cluster at {address}: {said}") from error
-        return
-    with _environment_of_children():
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
-
-
-def _check_reachable(address: str) -> None:
-    """Find out at once what Ray takes long, and many words, to find out."""
-    import ray
-
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise WorkerError(
-            f"cannot reach a Ray cluster at {address} ({error}); start one with: ray start --head"
-        ) from error
-    refused = getattr(ray.exceptions, "AuthenticationError", WorkerError)
-    try:
-        ray._raylet.GcsClient(address=address)
-    except refused as error:
-        raise WorkerError(
-            f"the Ray cluster at {address} asks for a token; set RAY_AUTH_MODE=token and have its "
-            "~/.ray/auth_token here"
-        ) from error
-    except Exception as error:  # whatever it is, connecting will tell
-        log.debug("%s", error)
-
-
-def _package_of(teacher: str) -> list[str]:
-    """Return the folder of the package that a teacher of one's own is in."""
-    name, colon, _ = teacher.partition(":")
-    spec = importlib.util.find_spec(name.partition(".")[0]) if colon else None
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return folders[:1]
-
-
 def _reason(error: Exception) -> str:
     """Return in one line why Ray could not do something."""
     cause = getattr(error, "cause", None)
@@ -617,46 +533,9 @@ def _reason(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _death(error: Exception) -> str:
-    """Return in one line how a worker was lost, which Ray tells in many words."""
-    said = str(error)
-    if any(
-        words in said for words in ("running low on memory", "OutOfMemory", "OOM killer policy")
-    ):
-        return (
-            "Ray stopped the worker, as its machine was running out of memory; use fewer --actors "
-            "or a smaller --batch"
-        )
-    if "node" in said and any(
-        words in said for words in ("node died", "node has died", "node was")
-    ):
-        return "the machine of the worker was lost"
-    return "the worker's process died"
-
-
 def _is_running(pid: int) -> bool:
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] != "Z"
-
-
-@contextmanager
-def _environment_of_children() -> Iterator[None]:
-    """Let processes started inside import these packages, and keep the memory that they free."""
-    here = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-    changed = {"PYTHONPATH": path} | {
-        name: value for name, value in KEEP_FREED.items() if name not in os.environ
-    }
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -24,6 +24,7 @@ from stores.table import VideoRow
 from stores.targets import TargetStore
 from student.config import CLIP_FRAMES
 from student.footage import Footage
+from student.online import TeacherEyes, TeacherView
 from student.pools import ClipKey, Spares
 
 MAX_TRIES: Final = 10
@@ -66,6 +67,9 @@ class ClipContent:
     """By the store's id, the videos with recorded eyes."""
     with_fixations: bool = False
     """Whether fixations are read, too."""
+    eyes: TeacherEyes | None = None
+    """Of a teacher that labels clips in the step. All frames are then decoded from the videos, at
+    their own size, as its input is made of these."""
 
 
 class Sample(NamedTuple):
@@ -77,6 +81,7 @@ class Sample(NamedTuple):
     """Of each label set; empty for those that are not wanted."""
     density: npt.NDArray[np.float32] | None
     fixations: npt.NDArray[np.bool_] | None
+    view: TeacherView | None = None
     bad: Sequence[BadClip] = ()
 
 
@@ -94,6 +99,8 @@ class Batch(NamedTuple):
     none. Nothing if none were asked for."""
     fixations: Tensor | None
     """``(B, T, H, W)``, bool."""
+    views: Sequence[TeacherView] = ()
+    """What a teacher in the step sees of each clip, if there is one."""
     bad: Sequence[BadClip] = ()
     """Clips that others among ``keys`` take the place of."""
 
@@ -127,7 +134,8 @@ class ClipDataset(Dataset[Sample]):
 
     def __getitem__(self, key: ClipKey) -> Sample:
         density, fixations = self._recorded(key)
-        return Sample(key, self._frames(key), self._planes(key), density, fixations)
+        frames, view = self._frames(key)
+        return Sample(key, frames, self._planes(key), density, fixations, view)
 
     def read_or_replace(self, key: ClipKey, spares: Spares) -> Sample | list[BadClip]:
         """Return a clip, or another if it cannot be read; or, after some tries, what was tried."""
@@ -148,21 +156,21 @@ class ClipDataset(Dataset[Sample]):
         were.
 
         Returns:
-            Whether all frames are in the store.
+            Whether all frames are taken from the store.
 
         Raises:
             VideoError: If a video has no frames in the store, and is gone or not the labelled one.
         """
         store, _, frames = self._open()
-        decoded = [row for row in map(store.video, videos) if not _has_all(frames, row)]
+        rows = map(store.video, videos)
+        decoded = [row for row in rows if self._content.eyes or not _has_all(frames, row)]
         if decoded:
             self._footage.find(decoded)
         return not decoded
 
     def _planes(self, key: ClipKey) -> tuple[Planes, ...]:
         _, sets, _ = self._open()
-        content = self._content
-        stop = key.last + 1 - content.lag
+        content, span = self._content, self._targets_of(key)
         found: list[Planes] = []
         for number, name in enumerate(content.labels):
             if key.source not in (-1, number):
@@ -170,21 +178,49 @@ class ClipDataset(Dataset[Sample]):
                 continue
             twin = content.flipped[number] if content.flipped else ""
             labels = sets[twin if key.is_flipped and twin else name]
-            planes = labels.read(key.video, stop - content.target_frames, stop)
+            planes = labels.read(key.video, span.start, span.stop)
             if key.is_flipped and not twin:
                 planes = {name: values[..., ::-1].copy() for name, values in planes.items()}
             found.append(planes)
         return tuple(found)
 
-    def _frames(self, key: ClipKey) -> npt.NDArray[np.uint8]:
+    def _targets_of(self, key: ClipKey) -> range:
+        """Return the frames whose targets are read."""
+        stop = key.last + 1 - self._content.lag
+        return range(stop - self._content.target_frames, stop)
+
+    def _frames(self, key: ClipKey) -> tuple[npt.NDArray[np.uint8], TeacherView | None]:
+        """Return a clip's frames, and what a teacher in the step sees of it."""
         store, _, frames = self._open()
-        row = store.video(key.video)
+        row, view = store.video(key.video), None
         span = range(key.last + 1 - CLIP_FRAMES, key.last + 1)
-        if frames is not None and _has_all(frames, row):
+        if self._content.eyes is not None:
+            pictures, view = self._look(row, span, key, self._content.eyes)
+        elif frames is not None and _has_all(frames, row):
             pictures = frames.read(key.video, span.start, span.stop)
         else:
             pictures = self._footage.read(row, span)
-        return np.ascontiguousarray(pictures[:, :, ::-1]) if key.is_flipped else pictures
+        if key.is_flipped:
+            pictures = np.ascontiguousarray(pictures[:, :, ::-1])
+        return pictures, view
+
+    def _look(
+        self, row: VideoRow, span: range, key: ClipKey, eyes: TeacherEyes
+    ) -> tuple[npt.NDArray[np.uint8], TeacherView]:
+        """Decode once what the student sees of a clip, and what a teacher does."""
+        targets = self._targets_of(key)
+        context = eyes.context_of(targets, row.frames)
+        both = range(min(span.start, context.start), max(span.stop, context.stop))
+        pictures, seen = [], []
+        for number, frame in self._footage.decode(row, both):
+            if number in span:
+                pictures.append(self._footage.resize(frame))
+            if number in context:
+                seen.append(
+                    eyes.resize(np.ascontiguousarray(frame[:, ::-1]) if key.is_flipped else frame)
+                )
+        view = TeacherView(np.stack(seen), context.start, targets, row.frames)
+        return np.stack(pictures), view
 
     def _recorded(
         self, key: ClipKey
@@ -302,6 +338,7 @@ def _collate(items: list[Sample | list[BadClip]]) -> Batch | list[BadClip]:
         planes,
         _stack([sample.density for sample in samples]),
         _stack([sample.fixations for sample in samples]),
+        [sample.view for sample in samples if sample.view is not None],
         [bad for sample in samples for bad in sample.bad],
     )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from stores.decode import FrameIndex, decode_spans
+from stores.decode import Frame, FrameIndex, decode_spans
 from stores.errors import TargetStoreError, VideoError
 from stores.frames import resize_frames
 from stores.probing import ProbeFailure, probe_videos
@@ -72,7 +72,20 @@ class Footage:
             raise VideoError(min(faults) + more)
 
     def read(self, row: VideoRow, span: range) -> npt.NDArray[np.uint8]:
-        """Return frames of a video, ``(frame, y, x, channel)`` RGB.
+        """Return frames of a video at the student's size, ``(frame, y, x, channel)`` RGB.
+
+        Raises:
+            VideoError: As :meth:`decode`.
+        """
+        return np.stack([self.resize(frame) for _, frame in self.decode(row, span)])
+
+    def resize(self, frame: Frame) -> Frame:
+        """Bring a frame to the student's size."""
+        resized = resize_frames(frame[None], self._height, self._width)
+        return resized.reshape(resized.shape[1:])
+
+    def decode(self, row: VideoRow, span: range) -> Iterator[tuple[int, Frame]]:
+        """Yield frames of a video with their numbers, ``(y, x, channel)`` RGB, at its own size.
 
         Raises:
             VideoError: If they cannot be decoded, or the video changed after it was looked at.
@@ -84,15 +97,13 @@ class Footage:
             if found.packed is not None:
                 index = FrameIndex.unpack(found.packed, row.frames).part(span)
         try:
-            decoded = decode_spans(path, [span], size=(row.height, row.width), index=index)
-            resized = [resize_frames(f[None], self._height, self._width) for _, f in decoded]
+            yield from decode_spans(path, [span], size=(row.height, row.width), index=index)
         except (TargetStoreError, MemoryError):
             raise
         except Exception as error:  # a damaged file makes a decoder fail in any way
             raise VideoError(
                 f"{path} cannot be decoded: {type(error).__name__}: {error}"
             ) from error
-        return np.concatenate(resized)
 
     def _file(self, row: VideoRow) -> VideoFile:
         return VideoFile(row.id, self._root or Path(row.root), row.path)

@@ -5,7 +5,7 @@ Shapes: B clips, T frames that the student maps, T' maps of a decoder (T, or 1 f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -207,14 +207,38 @@ def _filled(maps: Tensor, is_said: Tensor) -> Tensor:
     return maps.where(is_said[..., None, None], 1.0)
 
 
-def mean_of(losses: Sequence[Mapping[str, Term]]) -> dict[str, float]:
-    """Average terms over batches, each map counting the same."""
-    totals: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    for terms in losses:
+class TermSums:
+    """Sums of terms over batches, each map counting the same."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, float] = {}
+        self._totals: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, terms: Mapping[str, Term]) -> None:
+        """Add the terms of a batch."""
         for name, term in terms.items():
-            totals[name] = totals.get(name, 0) + term.totals.detach().double().cpu()
-            counts[name] = counts.get(name, 0) + term.counts.double().cpu()
-    return {
-        name: float((total / counts[name].clamp(min=1)).sum()) for name, total in totals.items()
-    }
+            self._add(name, term.weight, term.totals.detach(), term.counts)
+
+    def join(self, others: TermSums) -> None:
+        """Add what was summed elsewhere."""
+        for name, weight in others._weights.items():
+            self._add(name, weight, others._totals[name], others._counts[name])
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The terms by name, unweighted."""
+        return {
+            name: float((total / self._counts[name].clamp(min=1)).sum())
+            for name, total in self._totals.items()
+        }
+
+    @property
+    def total(self) -> float:
+        """Their weighted sum."""
+        return sum(self._weights[name] * value for name, value in self.means.items())
+
+    def _add(self, name: str, weight: float, totals: Tensor, counts: Tensor) -> None:
+        self._weights[name] = weight
+        self._totals[name] = self._totals.get(name, 0) + totals.double().cpu()
+        self._counts[name] = self._counts.get(name, 0) + counts.double().cpu()

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stores.grid import ShardGrid
 from stores.shards import LabelSet
 from stores.table import VideoRow
 from student.config import CLIP_FRAMES
@@ -67,8 +68,7 @@ def find_pools(
     *,
     target_frames: int,
     lag: int = 0,
-    validating: Collection[str] | None = None,
-    seed: int = 0,
+    grids: Sequence[ShardGrid] = (),
 ) -> ClipPools:
     """Find the clips all of whose targets are there.
 
@@ -78,21 +78,18 @@ def find_pools(
         sampling: What is kept for validation, and whether targets need full windows.
         target_frames: Newest frames of a clip that have targets.
         lag: Frames by which targets lie before the frames that they are for.
-        validating: Videos that validate, none of which is trained on; chosen by ``sampling`` if
-            not given.
-        seed: Of that choice.
+        grids: Windows of teachers that label clips in the step.
 
     Raises:
         ValueError: If no clip is left to train on.
     """
     pools: tuple[dict[str, list[range]], dict[str, list[range]]] = ({}, {})
-    by_video = sampling.holdout_of == "videos" or validating is not None
-    if validating is None and by_video:
-        validating = _choose_videos(videos, sampling.holdout, seed)
+    by_video = sampling.holdout_of == "videos"
+    validating = _choose_videos(videos, sampling.holdout) if by_video else set()
     for video in videos:
-        lasts = _clips_of(video, labels, sampling, target_frames, lag)
+        lasts = _clips_of(video, labels, grids, sampling, target_frames, lag)
         if by_video:
-            parts = (lasts, []) if video.id not in (validating or ()) else ([], lasts)
+            parts = (lasts, []) if video.id not in validating else ([], lasts)
         else:
             cut = video.frames - round(video.frames * sampling.holdout)
             first_late = cut + CLIP_FRAMES - 1 + lag
@@ -177,7 +174,12 @@ def spread_clips(spans: Spans, *, per_video: int) -> list[ClipKey]:
 
 
 def _clips_of(
-    video: VideoRow, labels: Sequence[LabelSet], sampling: Sampling, target_frames: int, lag: int
+    video: VideoRow,
+    labels: Sequence[LabelSet],
+    grids: Sequence[ShardGrid],
+    sampling: Sampling,
+    target_frames: int,
+    lag: int,
 ) -> list[range]:
     """Return the newest frames of clips whose targets are all there, as spans."""
     there = np.ones(video.frames, np.bool_)
@@ -185,10 +187,11 @@ def _clips_of(
         covered = np.zeros(video.frames, np.bool_)
         for span in item.coverage(video.id):
             covered[span.start : span.stop] = True
-        if sampling.full_windows:
-            covered[: item.grid.head_frames] = False
-            covered[video.frames - item.grid.tail_frames :] = False
         there &= covered
+    if sampling.full_windows:
+        for grid in (*grids, *(item.grid for item in labels)):
+            there[: grid.head_frames] = False
+            there[video.frames - grid.tail_frames :] = False
     # A clip is good where the targets of its newest frames are, each lag frames before.
     missing = np.concatenate([[0], np.cumsum(~there)])
     lasts = np.arange(max(CLIP_FRAMES - 1, target_frames - 1 + lag), video.frames)
@@ -204,11 +207,11 @@ def _spans(numbers: npt.NDArray[np.int64]) -> list[range]:
     return [range(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
-def _choose_videos(videos: Sequence[VideoRow], share: float, seed: int) -> set[str]:
-    """Choose a share of the videos by their content: the same for every run and every store."""
+def _choose_videos(videos: Sequence[VideoRow], share: float) -> set[str]:
+    """Choose a share of the videos by their content: the same for every run, stage and seed."""
 
     def order(video: VideoRow) -> bytes:
-        return hashlib.sha256(seed.to_bytes(8, "little") + video.content_hash).digest()
+        return hashlib.sha256(video.content_hash).digest()
 
     contents = {video.content_hash: order(video) for video in videos}
     ranked = sorted(contents, key=contents.__getitem__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from student.config import DecoderName, TinyHDConfig
 
@@ -16,6 +16,8 @@ HierarchicalRule = Literal["auto", "identity", "mean"]
 Flip = Literal["labels", "mirror", "none"]
 
 MAX_SEED: Final = 2**32
+FEW_CLIPS: Final = 4
+"""Fewer give batch norms poor statistics."""
 MILESTONES: Final = (0.5, 0.75, 0.9)
 """Shares of all epochs after which the learning rate falls to a tenth (TinyHD: 100, 150, 180)."""
 
@@ -53,6 +55,11 @@ class TermWeights:
         return any(_weights_of(self).values())
 
     @property
+    def is_fused(self) -> bool:
+        """Whether one of the terms is about the fused map."""
+        return bool(self.saliency)
+
+    @property
     def decoders(self) -> tuple[DecoderName, ...]:
         """Decoders that the terms are about."""
         weights: dict[DecoderName, float] = {"d1": self.hierarchical, "d2": self.d2, "d3": self.d3}
@@ -73,6 +80,25 @@ class AssistantTerm(TermWeights):
 
     checkpoint: str
     """Its checkpoint; in a run of stages, ``stage:NAME``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineTerm(TermWeights):
+    """Targets from a teacher that looks at each clip in the step, as in the paper.
+
+    What a store spares: the trainer imports no teacher, and is handed one.
+    """
+
+    teacher: str
+    """Its name, or ``package.module:factory``."""
+    weights: str = ""
+    """File of its weights, if it has any."""
+    options: dict[str, str] = field(default_factory=dict)
+    """What else it takes."""
+    size: str = ""
+    """HEIGHTxWIDTH fed to it; as published if not given."""
+    precision: Precision = "float32"
+    """What it computes in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +127,11 @@ class GroundTruthTerm:
         return any(_weights_of(self).values())
 
     @property
+    def is_fused(self) -> bool:
+        """Whether one of the terms is about the fused map."""
+        return bool(self.kl or self.cc or self.nss)
+
+    @property
     def decoders(self) -> tuple[DecoderName, ...]:
         """Decoders that the terms are about."""
         weights: dict[DecoderName, float] = {"d2": self.d2, "d3": self.d3}
@@ -115,6 +146,7 @@ class Supervision:
     mixing: Mixing = "sum"
     """Of several label sets: all in every batch, or one for each batch, in turn at random."""
     assistant: AssistantTerm | None = None
+    online: OnlineTerm | None = None
     ground_truth: GroundTruthTerm | None = None
     alignment: Alignment = "aligned"
     """``lagged`` reproduces the paper's TinyHD-M: the teacher's map is of the frame before."""
@@ -126,12 +158,11 @@ class Supervision:
     where a label set has its twin; with mirrored targets; or never."""
 
     def __post_init__(self) -> None:
-        if not (self.labels or self.assistant or self.ground_truth):
+        if not self.terms:
             raise ValueError(
-                "there is nothing to learn from: name labels, assistant or ground_truth"
+                "there is nothing to learn from: name labels, assistant, online or ground_truth"
             )
-        terms = (*self.labels, self.assistant, self.ground_truth)
-        if not any(term is not None and term.has_weight for term in terms):
+        if not any(term.has_weight for term in self.terms):
             raise ValueError("there is nothing to learn from: all terms have the weight 0")
         weightless = [term.labels for term in self.labels if not term.has_weight]
         if weightless and self.mixing == "one_per_batch":
@@ -142,6 +173,21 @@ class Supervision:
         names = [term.labels for term in self.labels]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"the label set {twice[0]!r} is named twice")
+
+    @property
+    def terms(self) -> list[TermWeights | GroundTruthTerm]:
+        """What each source of targets asks of a student."""
+        others = (self.assistant, self.online, self.ground_truth)
+        return [*self.labels, *(term for term in others if term is not None)]
+
+    @property
+    def may_skip_fusion(self) -> bool:
+        """Whether a step may say nothing of the fused map, and so of some decoders."""
+        in_all = [self.assistant, self.online, self.ground_truth]
+        if any(term is not None and term.is_fused for term in in_all):
+            return False
+        fused = [term.is_fused for term in self.labels]
+        return not (all(fused) if self.mixing == "one_per_batch" else any(fused)) or not fused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +202,9 @@ class Sampling:
     replacement (the paper's: 1 for DHF1K, 10 for UCF-Sports). All videos alike if not given."""
     holdout: float = 0.1
     """Share that is kept for validation; of what, ``holdout_of`` says."""
-    holdout_of: Literal["videos", "frames"] = "frames"
-    """Whole videos, the same whatever is trained; or the end of each video."""
+    holdout_of: Literal["videos", "frames"] = "videos"
+    """Whole videos, the same whatever is trained; or the end of each video, of which students
+    then have seen the beginning."""
     validation_clips: int = 5
     """Clips of each video, at even distances, that are validated on."""
     full_windows: bool = True
@@ -198,9 +245,16 @@ class Optimisation:
     """What the forward pass computes in; losses are float32."""
     compile: bool = False
     """Have PyTorch compile the network."""
+    workers: int = 1
+    """Processes that share each step, each with ``batch_size`` clips, on a GPU of its own where
+    there are; gradients are those of all their clips together."""
+    synchronise_norms: bool | None = None
+    """Whether batch norms take their statistics from the clips of all workers, which takes GPUs;
+    if not given, where a worker has fewer than 4 clips. Else each takes those of its own clips,
+    and the running statistics are the first one's."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
@@ -215,6 +269,22 @@ class Optimisation:
             raise ValueError(f"clip_gradient must be positive, got {self.clip_gradient}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must be between 0 and 1, got {self.ema}")
+
+    def synchronises_norms(self, device: str) -> bool:
+        """Return whether batch norms see the clips of all workers.
+
+        Raises:
+            ValueError: If they are to, and cannot.
+        """
+        is_gpu = device.startswith("cuda")
+        if self.synchronise_norms and not is_gpu:
+            raise ValueError(
+                f"optimisation.synchronise_norms takes GPUs, and training runs on {device}; "
+                "set it to null"
+            )
+        is_small = self.batch_size < FEW_CLIPS
+        wanted = is_small if self.synchronise_norms is None else self.synchronise_norms
+        return bool(wanted) and is_gpu and self.workers > 1
 
     def learning_rate_at(self, epoch: int) -> float:
         """Return the learning rate of an epoch, counted from 0."""
@@ -249,14 +319,14 @@ class TrainConfig:
         if not 0 <= self.seed < MAX_SEED:
             raise ValueError(f"seed must be from 0 to {MAX_SEED - 1}, got {self.seed}")
         supervision = self.supervision
-        terms: list[Any] = [*supervision.labels, supervision.assistant, supervision.ground_truth]
-        for term in filter(None, terms):
+        for term in supervision.terms:
             if missing := [name for name in term.decoders if name not in self.student.decoders]:
                 raise ValueError(
                     f"a term is about the decoder {missing[0]}, the student has "
                     f"{', '.join(self.student.decoders)}; give the term the weight 0"
                 )
-        is_compared = any(term.hierarchical for term in supervision.labels)
+        teachers = (*supervision.labels, supervision.online)
+        is_compared = any(term is not None and term.hierarchical for term in teachers)
         is_mixed = self.student.is_multi and is_compared and self.student.is_single("d1")
         if supervision.hierarchical == "identity" and is_mixed:
             raise ValueError(

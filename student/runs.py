@@ -20,7 +20,37 @@ class RunError(TinyHDError):
     """A run directory cannot be used."""
 
 
-class RunDir:
+class RunSink:
+    """Where a run's outcome goes: nowhere, of a process that leaves it to another."""
+
+    checkpoint: Mapping[str, Any] | None = None
+    """What an earlier process left to continue from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last, self.best = path / "last.pt", path / "best.pt"
+
+    def read_best(self) -> Mapping[str, Any] | None:
+        """Return the checkpoint with the best weights, if there is one."""
+        return None
+
+    def save(self, model: TinyHD, *, best_model: TinyHD | None, **state: Any) -> None:  # noqa: ANN401
+        """Keep a checkpoint that training continues from, after the best weights if they are new.
+
+        In this order: whoever is killed in between comes to the same best weights again.
+        """
+
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the loss curve and to ``metrics.jsonl``."""
+
+    def keep_recipe(self, text: str) -> None:
+        """Leave the recipe, complete, as a file that can be trained from again."""
+
+    def show(self, name: str, step: int, picture: Picture) -> None:
+        """Add a picture to what TensorBoard shows."""
+
+
+class RunDir(RunSink):
     """A folder with ``config.json``, ``last.pt``, ``best.pt``, ``metrics.jsonl`` and event files.
 
     Use :meth:`open` in a ``with``; one process at a time may have it open.
@@ -29,10 +59,8 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = path
-        self.last, self.best = path / "last.pt", path / "best.pt"
+        super().__init__(path)
         self._metrics_path = path / "metrics.jsonl"
-        self.checkpoint: dict[str, Any] | None = None
         if self.last.exists():
             self.checkpoint = read_checkpoint(self.last)
         position = self.checkpoint or {}
@@ -72,28 +100,24 @@ class RunDir:
                 run._metrics.close()
                 run._curve.close()
 
-    def save(self, model: TinyHD, *, best_model: TinyHD | None, **state: Any) -> None:  # noqa: ANN401
-        """Keep a checkpoint that training continues from, after the best weights if they are new.
+    def read_best(self) -> Mapping[str, Any] | None:
+        return read_checkpoint(self.best) if self.best.exists() else None
 
-        In this order: whoever is killed in between comes to the same best weights again.
-        """
+    def save(self, model: TinyHD, *, best_model: TinyHD | None, **state: Any) -> None:  # noqa: ANN401
         if best_model is not None:
             save_checkpoint(self.best, best_model, step=state["step"])
         save_checkpoint(self.last, model, **state)
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Add values to the loss curve and to ``metrics.jsonl``."""
         row = {"kind": kind, "step": step, **values}
         self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         for name, value in values.items():
             self._curve.add_scalar(f"{kind}/{name}", value, step)
 
     def keep_recipe(self, text: str) -> None:
-        """Leave the recipe, complete, as a file that can be trained from again."""
         _write_whole(self.path / "recipe.yaml", text)
 
     def show(self, name: str, step: int, picture: Picture) -> None:
-        """Add a picture to what TensorBoard shows."""
         self._curve.add_image(name, picture, step, dataformats="HWC")
 
     def _forget_after(self, step: int, *, is_mid_epoch: bool) -> None:
@@ -145,7 +169,7 @@ def _flat(config: object, where: str = "") -> dict[str, Any]:
 
 def _is_fresh(path: Path) -> bool:
     """Whether nothing, or only a process that was killed at once, has used a folder."""
-    return path.is_dir() and {file.name for file in path.iterdir()} <= {"lock"}
+    return path.is_dir() and {file.name for file in path.iterdir()} <= {"lock", "ray"}
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -33,10 +33,8 @@ def draw_snapshot(model: TinyHD, batch: Batch, supervisor: Supervisor) -> Pictur
     columns: dict[str, torch.Tensor] = {}
     if batch.density is not None:
         columns["recorded eyes"] = batch.density[:, -1]
-    for number, planes in enumerate(batch.planes):
-        if planes:
-            saliency = supervisor.saliency_of(number, planes, device)
-            columns[supervisor.name_of(number)] = saliency[:, -1]
+    for target in supervisor.targets(batch, clips):
+        columns[target.name] = target.maps.saliency[:, -1]
     columns["student"] = output.saliency.flatten(1, -3)[:, -1]
     for name, maps in output.maps.items():
         columns[f"its {name}"] = maps[:, 0, -1]

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,16 @@ from student.losses import (
     ground_truth_terms,
     source_terms,
 )
-from student.recipe import AssistantTerm, LabelTerm, Supervision, TrainConfig
+from student.online import OnlineTeacher, TeacherView
+from student.recipe import (
+    AssistantTerm,
+    HierarchicalRule,
+    LabelTerm,
+    OnlineTerm,
+    Supervision,
+    TermWeights,
+    TrainConfig,
+)
 from student.tinyhd import StudentOutput, TinyHD
 
 log = logging.getLogger(__name__)
@@ -61,11 +71,7 @@ def find_sources(store: TargetStore, supervision: Supervision) -> list[LabelSour
     for term, labels in found:
         layout = labels.layout
         if term.hierarchical and len(layout.hierarchical) != HIERARCHICAL_MAPS:
-            raise ValueError(
-                f"the label set {labels.name} has {len(layout.hierarchical)} hierarchical maps, "
-                "the student four; train with the saliency map alone (--hierarchical-weight 0), "
-                "or choose a label set of a teacher that has them"
-            )
+            raise ValueError(_lacks_maps(f"the label set {labels.name}", layout))
         twin = _twin(store, labels) if supervision.flip == "labels" else None
         is_only = teachers.count(labels.teacher) == 1
         sources.append(LabelSource(labels.teacher if is_only else labels.name, labels, twin, term))
@@ -121,7 +127,10 @@ def find_recorded(store: TargetStore, supervision: Supervision) -> dict[str, Cat
 
 
 def describe_content(
-    config: TrainConfig, sources: Sequence[LabelSource], recorded: Mapping[str, CatalogueVideo]
+    config: TrainConfig,
+    sources: Sequence[LabelSource],
+    recorded: Mapping[str, CatalogueVideo],
+    teacher: OnlineTeacher | None = None,
 ) -> ClipContent:
     """Return what has to be read of each clip."""
     student, supervision = config.student, config.supervision
@@ -136,12 +145,24 @@ def describe_content(
         lag=target_lag(config),
         recorded=recorded,
         with_fixations=bool(truth and truth.nss),
+        eyes=teacher.eyes if teacher is not None else None,
     )
 
 
 def target_lag(config: TrainConfig) -> int:
     """Return by how many frames a teacher's maps lie before the frames that they are for."""
     return int(config.supervision.alignment == "lagged" and config.student.is_multi)
+
+
+class Target(NamedTuple):
+    """What a source says of a batch, and what is asked of the student by it."""
+
+    name: str
+    """Its terms' names begin with it."""
+    maps: SourceMaps
+    term: TermWeights
+    rule: HierarchicalRule
+    """What becomes of its hierarchical maps where the student has one for the whole clip."""
 
 
 class Supervisor:
@@ -151,58 +172,75 @@ class Supervisor:
         config: The recipe.
         sources: The label sets.
         assistant: A TinyHD that looks at the student's clips, if there is one.
+        teacher: A teacher that looks at the videos in the step, if there is one.
     """
 
     def __init__(
-        self, config: TrainConfig, sources: Sequence[LabelSource], assistant: TinyHD | None
+        self,
+        config: TrainConfig,
+        sources: Sequence[LabelSource],
+        assistant: TinyHD | None = None,
+        teacher: OnlineTeacher | None = None,
     ) -> None:
         self._config, self._sources, self._assistant = config, sources, assistant
+        self._teacher = teacher
+        names = [source.name for source in sources]
+        self._teacher_name = "online"
+        if teacher is not None and teacher.request.teacher not in names:
+            self._teacher_name = teacher.request.teacher
 
-    @property
-    def num_sources(self) -> int:
-        """Number of label sets."""
-        return len(self._sources)
+    def targets(self, batch: Batch, clips: Tensor) -> list[Target]:
+        """Return what label sets, assistant and teacher say of a batch.
 
-    def terms(self, output: StudentOutput, batch: Batch, clips: Tensor) -> dict[str, Term]:
+        Args:
+            batch: What was read.
+            clips: The normalised clips, which an assistant looks at.
+        """
+        supervision, device = self._config.supervision, clips.device
+        rule, found = supervision.hierarchical, []
+        for source, planes in zip(self._sources, batch.planes, strict=True):
+            if planes:
+                maps = self._render(planes, source.layout, source.term, device)
+                found.append(Target(source.name, maps, source.term, rule))
+        if self._assistant is not None and supervision.assistant is not None:
+            maps = ask_assistant(self._assistant, clips, self._config.student.output_frames)
+            found.append(Target("assistant", maps, supervision.assistant, "auto"))
+        if self._teacher is not None and supervision.online is not None:
+            layout, term = self._teacher.request.layout, supervision.online
+            maps = self._render(ask_teacher(self._teacher, batch.views), layout, term, device)
+            found.append(Target(self._teacher_name, maps, term, rule))
+        return found
+
+    def terms(
+        self, output: StudentOutput, batch: Batch, targets: Sequence[Target]
+    ) -> dict[str, Term]:
         """Hold the student's output against all that is said of a batch.
 
         Args:
             output: What the student said.
             batch: What was read.
-            clips: The normalised clips, which an assistant looks at.
+            targets: What :meth:`targets` says of it.
         """
-        config, device = self._config, clips.device
-        rule = config.supervision.hierarchical
+        supervision = self._config.supervision
         terms: dict[str, Term] = {}
-        for source, planes in zip(self._sources, batch.planes, strict=True):
-            if planes:
-                maps = self._rendered(source, planes, device)
-                terms |= source_terms(source.name, output, maps, source.term, rule)
-        if self._assistant is not None and config.supervision.assistant is not None:
-            maps = ask_assistant(self._assistant, clips, config.student.output_frames)
-            terms |= source_terms("assistant", output, maps, config.supervision.assistant, "auto")
-        if config.supervision.ground_truth is not None and batch.density is not None:
+        for name, maps, term, rule in targets:
+            terms |= source_terms(name, output, maps, term, rule)
+        if supervision.ground_truth is not None and batch.density is not None:
+            device = output.saliency_logits.device
             fixations = None if batch.fixations is None else batch.fixations.to(device)
             recorded = RecordedMaps(batch.density.to(device), fixations)
-            terms |= ground_truth_terms(output, recorded, config.supervision.ground_truth)
+            terms |= ground_truth_terms(output, recorded, supervision.ground_truth)
         return terms
 
-    def saliency_of(
-        self, number: int, planes: Mapping[str, Tensor], device: torch.device
-    ) -> Tensor:
-        """Return the saliency maps of a label set, ``(B, T, H, W)``."""
-        student, layout = self._config.student, self._sources[number].layout
-        return render_batch(planes, layout, (), student.height, student.width, device).saliency
-
-    def name_of(self, number: int) -> str:
-        """Return what a label set's terms are called by."""
-        return self._sources[number].name
-
-    def _rendered(
-        self, source: LabelSource, planes: Mapping[str, Tensor], device: torch.device
+    def _render(
+        self,
+        planes: Mapping[str, Tensor],
+        layout: MapLayout,
+        term: TermWeights,
+        device: torch.device,
     ) -> SourceMaps:
-        layout, student = source.layout, self._config.student
-        names = layout.hierarchical if source.term.hierarchical else ()
+        student = self._config.student
+        names = layout.hierarchical if term.hierarchical else ()
         return render_batch(planes, layout, names, student.height, student.width, device)
 
 
@@ -222,6 +260,12 @@ def render_batch(
     unflat = {name: values.view(clips, frames, height, width) for name, values in maps.items()}
     stacked = torch.stack([unflat[name] for name in hierarchical], 1) if hierarchical else None
     return SourceMaps(unflat[layout.saliency], stacked)
+
+
+def ask_teacher(teacher: OnlineTeacher, views: Sequence[TeacherView]) -> dict[str, Tensor]:
+    """Return what a teacher says of clips: planes by array, ``(B, T, map, y, x)``."""
+    labelled = [teacher.label(view) for view in views]
+    return {name: torch.stack([planes[name] for planes in labelled]) for name in labelled[0]}
 
 
 @torch.no_grad()
@@ -273,6 +317,24 @@ def load_assistant(term: AssistantTerm, config: TrainConfig, device: str) -> Tin
             *(theirs.height, theirs.width, ours.height, ours.width),
         )
     return model.for_inference().to(device).requires_grad_(requires_grad=False)
+
+
+def check_teacher(teacher: OnlineTeacher, term: OnlineTerm) -> None:
+    """Make sure that a teacher says what is asked of it.
+
+    Raises:
+        ValueError: If it has no hierarchical maps, and they are asked for.
+    """
+    layout = teacher.request.layout
+    if term.hierarchical and len(layout.hierarchical) != HIERARCHICAL_MAPS:
+        raise ValueError(_lacks_maps(f"the teacher {teacher.request.teacher}", layout))
+
+
+def _lacks_maps(who: str, layout: MapLayout) -> str:
+    return (
+        f"{who} has {len(layout.hierarchical)} hierarchical maps, the student four; train with the "
+        "saliency map alone (--hierarchical-weight 0), or choose a teacher that has them"
+    )
 
 
 def _open_labels(store: TargetStore, name: str) -> LabelSet:

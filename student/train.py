@@ -6,22 +6,25 @@ import hashlib
 import json
 import logging
 import signal
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from stores.catalogue import CatalogueVideo
 from stores.progress import Progress
+from stores.schema import fingerprint
 from stores.targets import TargetStore
 from stores.videos import hash_file
 from student.checkpoints import load_model
-from student.clips import ClipDataset, load_batches
+from student.clips import Batch, ClipDataset, load_batches
 from student.experiment import write_recipe
+from student.online import OnlineTeacher
 from student.pools import (
     ClipKey,
     ClipPools,
@@ -32,11 +35,13 @@ from student.pools import (
     spread_clips,
     take_turns,
 )
-from student.recipe import TrainConfig
-from student.runs import RunDir
+from student.processes import Processes, synchronise_norms
+from student.recipe import OnlineTerm, TrainConfig
+from student.runs import RunDir, RunSink
 from student.supervision import (
     LabelSource,
     Supervisor,
+    check_teacher,
     describe_content,
     find_recorded,
     find_sources,
@@ -45,56 +50,128 @@ from student.supervision import (
     target_lag,
 )
 from student.tinyhd import TinyHD
-from student.trainer import Stop, Trainer, TrainingError, TrainState
+from student.trainer import Trainer, TrainingError, TrainState, Watch
 
 log = logging.getLogger(__name__)
 
-__all__ = ["TrainConfig", "TrainState", "TrainingError", "train"]
+__all__ = ["TrainConfig", "TrainJob", "TrainState", "TrainingError", "train"]
+
+OpenTeacher = Callable[[OnlineTerm, str], OnlineTeacher]
+"""Makes the teacher of a recipe on a device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """A training, as it is handed to the processes that do it."""
+
+    store: str | Path
+    """Path or URL of the target store; it is only read."""
+    out: Path
+    """The run's folder."""
+    config: TrainConfig
+    videos_root: Path | None = None
+    """Where the videos lie now, if not where they were labelled."""
+    device: str = "cpu"
+    """Where the student is trained."""
+    loader_workers: int = 0
+    """Processes that read clips; 0 to read in the one that trains."""
+    checkpoint_seconds: float = 60.0
+    """At least so often is a checkpoint written."""
+    open_teacher: OpenTeacher | None = None
+    """Makes the teacher that the recipe names to label in the step, on a device."""
+    address: str | None = None
+    """Ray cluster of several workers; one of its own on this machine if not given."""
 
 
 def train(
     store: str | Path,
     out: Path,
     config: TrainConfig,
-    *,
-    videos_root: Path | None = None,
-    device: str = "cpu",
-    loader_workers: int = 0,
-    checkpoint_seconds: float = 60.0,
+    **options: Any,  # noqa: ANN401 - fields of TrainJob
 ) -> TrainState:
     """Fit a student to what a store says, continuing from ``out`` if it holds a checkpoint.
 
     ``SIGINT`` and ``SIGTERM`` end training after the current step, with a checkpoint. A clip that
-    cannot be read is replaced by another, and counted.
+    cannot be read is replaced by another, and counted. Several workers train on Ray.
 
     Args:
         store: Path or URL of the target store; it is only read.
         out: The run's folder.
         config: What is trained, and how.
-        videos_root: Where the videos lie now, if not where they were labelled.
-        device: Where the student is trained.
-        loader_workers: Processes that read clips; 0 to read in this one.
-        checkpoint_seconds: At least so often is a checkpoint written.
+        options: Other fields of :class:`TrainJob`.
 
     Raises:
         TargetStoreError: If the store, a label set or the frames are not there.
         ValueError: If the configuration does not fit the store.
         RunError: If ``out`` cannot be used.
-        TrainingError: If the loss stops being a number, or too many clips cannot be read.
+        TrainingError: If the loss stops being a number, too many clips cannot be read, or a worker
+            is lost.
     """
-    opened = TargetStore.open(store)
-    sources = find_sources(opened, config.supervision)
-    recorded = find_recorded(opened, config.supervision)
-    is_flipping = flips(sources, config.supervision)
-    pools = _find_pools(opened, config, sources, is_flipping=is_flipping)
-    content = describe_content(config, sources, recorded)
-    dataset = ClipDataset(store, content, videos_root=videos_root)
+    job = TrainJob(store=store, out=out, config=config, **options)
+    # Before any worker starts: what is wrong is said here, and videos are looked at once.
+    prepared = prepare(job)
+    if config.optimisation.workers > 1:
+        from student.workers import train_on_workers
+
+        return train_on_workers(job)
+    with stop_on_signal() as stop, BarWatch(stop) as watch:
+        return run_job(job, prepared, Processes(), watch)
+
+
+class Prepared(NamedTuple):
+    """What a training takes, after a look at all of it."""
+
+    sources: Sequence[LabelSource]
+    recorded: Mapping[str, CatalogueVideo]
+    teacher: OnlineTeacher | None
+    pools: ClipPools
+    is_flipping: bool
+    training: ClipDataset
+    validating: ClipDataset
+    validation: Sequence[ClipKey]
+    """Clips to validate on."""
+    per_epoch: int
+    """Clips of an epoch."""
+    identity: Mapping[str, Any]
+    """All that decides what training gives."""
+
+    def draw(self, config: TrainConfig, epoch: int) -> list[ClipKey]:
+        """Draw the clips of an epoch; of each is said whether it is mirrored and who speaks."""
+        return _draw_clips(
+            config,
+            self.pools,
+            epoch,
+            labelled=self.recorded,
+            sources=len(self.sources),
+            is_flipping=self.is_flipping,
+        )
+
+
+def prepare(job: TrainJob) -> Prepared:
+    """Look at all that a training takes; nothing is written.
+
+    Raises:
+        TargetStoreError: If the store, a label set or the frames are not there.
+        ValueError: If the configuration does not fit the store.
+        TrainingError: If the device cannot be used.
+    """
+    config, supervision = job.config, job.config.supervision
+    store = TargetStore.open(job.store)
+    sources = find_sources(store, supervision)
+    recorded = find_recorded(store, supervision)
+    _check_device(job.device)
+    config.optimisation.synchronises_norms(job.device)
+    teacher = _open_teacher(job)
+    is_flipping = flips(sources, supervision)
+    pools = _find_pools(store, config, sources, is_flipping=is_flipping, teacher=teacher)
+    content = describe_content(config, sources, recorded, teacher)
+    training = ClipDataset(job.store, content, videos_root=job.videos_root)
     # Recorded eyes are scored at fixations, too, which training need not read.
     scored = replace(content, with_fixations=True)
-    validating = ClipDataset(store, scored, videos_root=videos_root)
-    _check_device(device)
-    has_frames = dataset.find_frames(sorted(pools.training))
-    if not (validating.find_frames(sorted(pools.validation)) and has_frames):
+    validating = ClipDataset(job.store, scored, videos_root=job.videos_root)
+    has_frames = training.find_frames(sorted(pools.training))
+    has_frames &= validating.find_frames(sorted(pools.validation))
+    if not has_frames and teacher is None:
         log.warning(
             "frames are decoded from the videos for every clip; "
             "tinyhd distill --with-frames %dx%d would make training faster",
@@ -102,56 +179,142 @@ def train(
         )
     validation = spread_clips(pools.validation, per_video=config.sampling.validation_clips)
     if not validation:
-        log.warning("no video has held-out frames for a clip: there is no validation")
-
-    def clips_of(epoch: int) -> list[ClipKey]:
-        return _draw_clips(
-            config, pools, epoch, labelled=recorded, sources=len(sources), is_flipping=is_flipping
-        )
-
-    per_epoch = len(clips_of(0))
+        log.warning("no clip is held out: there is no validation, and the last weights are kept")
+    prepared = Prepared(
+        sources=sources,
+        recorded=recorded,
+        teacher=teacher,
+        pools=pools,
+        is_flipping=is_flipping,
+        training=training,
+        validating=validating,
+        validation=validation,
+        per_epoch=0,
+        identity=_identity(config, store, sources, recorded, pools, teacher),
+    )
+    per_epoch = len(prepared.draw(config, 0))
     if not per_epoch:
         raise ValueError(
             "an epoch has no clip: sampling.unlabelled counts clips for each one with recorded "
             "eyes, and none of those is left to train on"
         )
+    if per_epoch < config.optimisation.workers:
+        raise ValueError(
+            f"an epoch has {per_epoch} clips, too few for {config.optimisation.workers} workers; "
+            "raise sampling.clips_per_video, or take fewer workers"
+        )
+    return prepared._replace(per_epoch=per_epoch)
+
+
+def run_job(job: TrainJob, prepared: Prepared, processes: Processes, watch: Watch) -> TrainState:
+    """Train, in one process or in one of several that do it together.
+
+    Args:
+        job: What to do.
+        prepared: What it takes.
+        processes: Those that do it.
+        watch: Looks at the first of them.
+
+    Raises:
+        RunError: If the run's folder cannot be used.
+        TrainingError: If the loss stops being a number, or too many clips cannot be read.
+    """
+    config, how = job.config, job.config.optimisation
     term = config.supervision.assistant
-    assistant = load_assistant(term, config, device) if term is not None else None
-    with RunDir.open(out, _identity(config, opened, sources, recorded, pools)) as run:
+    assistant = load_assistant(term, config, job.device) if term is not None else None
+    with _open_run(job, prepared, processes) as run:
         run.keep_recipe(write_recipe(config))
         torch.manual_seed(config.seed)
-        model = _start(config).to(device)
-        supervisor = Supervisor(config, sources, assistant)
-        trainer = Trainer(model, config, supervisor, run)
+        model = _start(config).to(job.device)
+        if how.synchronises_norms(job.device):
+            synchronise_norms(model)
+        supervisor = Supervisor(config, prepared.sources, assistant, prepared.teacher)
+        trainer = Trainer(model, config, supervisor, run, processes)
         trainer.resume()
-        state, how = trainer.state, config.optimisation
-        done = state.epoch * per_epoch + min(per_epoch, state.batch * how.batch_size)
-        total = how.epochs * per_epoch
-        with (
-            _stop_on_signal() as stop,
-            Progress(total, unit="clips", label="training", done=done) as progress,
-        ):
-            while state.epoch < how.epochs and not stop.is_set:
-                trainer.begin_epoch()
-                left = clips_of(state.epoch)[state.batch * how.batch_size :]
-                batches = load_batches(
-                    dataset,
-                    left,
-                    batch_size=how.batch_size,
-                    workers=loader_workers,
-                    spares=Spares(pools.training, config.seed),
-                )
-                trainer.run_epoch(batches, stop, progress, checkpoint_seconds)
-                if not stop.is_set:
-                    spares = Spares(pools.validation, config.seed)
-                    size = how.batch_size * 2
-                    trainer.end_epoch(
-                        load_batches(validating, validation, batch_size=size, spares=spares)
-                        if validation
-                        else None
-                    )
+        state, per_epoch = trainer.state, prepared.per_epoch
+        done = state.epoch * per_epoch + min(
+            per_epoch, state.batch * how.batch_size * processes.count
+        )
+        watch.begin(how.epochs * per_epoch, done)
+        while state.epoch < how.epochs:
+            trainer.begin_epoch()
+            own = processes.share_of(prepared.draw(config, state.epoch), how.batch_size)
+            batches = load_batches(
+                prepared.training,
+                own[state.batch * how.batch_size :],
+                batch_size=how.batch_size,
+                workers=job.loader_workers,
+                spares=Spares(prepared.pools.training, config.seed),
+            )
+            if not trainer.run_epoch(batches, watch, per_epoch, job.checkpoint_seconds):
+                break
+            trainer.end_epoch(_validation_batches(job, prepared, processes))
+            if processes.any(watch.is_stopping):
+                break
         state.is_complete = state.epoch >= how.epochs
     return state
+
+
+def _validation_batches(
+    job: TrainJob, prepared: Prepared, processes: Processes
+) -> Iterator[Batch] | None:
+    if not prepared.validation:
+        return None
+    return load_batches(
+        prepared.validating,
+        prepared.validation[processes.rank :: processes.count],
+        batch_size=job.config.optimisation.batch_size * 2,
+        spares=Spares(prepared.pools.validation, job.config.seed),
+    )
+
+
+@contextmanager
+def _open_run(job: TrainJob, prepared: Prepared, processes: Processes) -> Iterator[RunSink]:
+    if not processes.is_first:
+        yield RunSink(job.out)
+        return
+    with RunDir.open(job.out, prepared.identity) as run:
+        yield run
+
+
+class BarWatch(Watch):
+    """Shows a progress bar, and looks at a flag."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(*error)
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def begin(self, total: int, done: int) -> None:
+        self._progress = Progress(total, unit="clips", label="training", done=done).__enter__()
+
+    def advance(self, clips: int, note: str) -> None:
+        if self._progress is not None:
+            self._progress.advance(clips, note=note)
+
+
+def _open_teacher(job: TrainJob) -> OnlineTeacher | None:
+    term = job.config.supervision.online
+    if term is None:
+        return None
+    if job.open_teacher is None:
+        raise ValueError(
+            f"the recipe has the teacher {term.teacher!r} label in the step, and nobody handed it "
+            "in: the command line does; in Python, give train() an open_teacher"
+        )
+    teacher = job.open_teacher(term, job.device)
+    check_teacher(teacher, term)
+    return teacher
 
 
 def _find_pools(
@@ -160,6 +323,7 @@ def _find_pools(
     sources: Sequence[LabelSource],
     *,
     is_flipping: bool,
+    teacher: OnlineTeacher | None = None,
 ) -> ClipPools:
     """Find the clips whose targets are there, those of mirrored frames too where that is done."""
     labels = [source.labels for source in sources]
@@ -171,7 +335,7 @@ def _find_pools(
         config.sampling,
         target_frames=config.student.output_frames,
         lag=target_lag(config),
-        seed=config.seed,
+        grids=[teacher.request.grid] if teacher is not None else [],
     )
 
 
@@ -190,7 +354,7 @@ def _draw_clips(
     if is_flipping:
         clips = flip_some(clips, **when)
     if supervision.mixing == "one_per_batch" and sources > 1:
-        size = config.optimisation.batch_size
+        size = config.optimisation.batch_size * config.optimisation.workers
         clips = take_turns(clips, sources=sources, batch_size=size, **when)
     return clips
 
@@ -218,12 +382,12 @@ def _start(config: TrainConfig) -> TinyHD:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[Stop]:
-    """Turn signals into a flag that the loop looks at between steps."""
-    stop = Stop()
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Turn signals into a flag that is looked at between steps."""
+    stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.is_set = True
+        stop.set()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -239,6 +403,7 @@ def _identity(
     sources: Sequence[LabelSource],
     recorded: Mapping[str, CatalogueVideo],
     pools: ClipPools,
+    teacher: OnlineTeacher | None,
 ) -> Mapping[str, Any]:
     """Return what makes two runs the same: the configuration, the targets and the clips."""
     clips = [
@@ -255,9 +420,13 @@ def _identity(
         files["assistant"] = settings["supervision"]["assistant"].pop("checkpoint")
     if config.supervision.ground_truth is not None:
         del settings["supervision"]["ground_truth"]["data"]
+    if teacher is not None:
+        del settings["supervision"]["online"]["weights"]
+    requests = [teacher.request] if teacher is not None else []
     return {
         **settings,
         "label_sets": {source.labels.name: source.labels.fingerprint for source in sources},
+        "online_sets": {request.name: fingerprint(request.identity) for request in requests},
         "flipped_sets": [source.twin.name for source in sources if source.twin is not None],
         "files_sha256": {name: hash_file(Path(path)).hex() for name, path in files.items() if path},
         "recorded": sorted(recorded),

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stores.errors import TinyHDError
-from stores.progress import Progress
-from student.checkpoints import CheckpointError, read_checkpoint
+from student.checkpoints import CheckpointError
 from student.clips import Batch, ClipError
 from student.losses import Losses, add_terms
 from student.pools import ClipKey
+from student.processes import Processes
 from student.recipe import Optimisation, TrainConfig
-from student.runs import RunDir
+from student.runs import RunSink
 from student.snapshots import draw_snapshot
 from student.supervision import Supervisor
 from student.tinyhd import TinyHD, normalise_frames
@@ -59,10 +59,19 @@ class TrainState:
     is_complete: bool = False
 
 
-class Stop:
-    """Whether training is to end after the current step."""
+class Watch:
+    """Who looks at a training: is told how far it is, and says when it is to end."""
 
-    is_set = False
+    @property
+    def is_stopping(self) -> bool:
+        """Whether training is to end after the current step."""
+        return False
+
+    def begin(self, total: int, done: int) -> None:
+        """Be told of how many clips there are, and how many were trained on before."""
+
+    def advance(self, clips: int, note: str) -> None:
+        """Be told of clips that were trained on."""
 
 
 def build_optimizer(model: TinyHD, config: Optimisation) -> torch.optim.SGD:
@@ -93,13 +102,20 @@ class Trainer:
         model: The student, where it is trained.
         config: How.
         supervisor: Computes the terms.
-        run: Its folder.
+        run: Where the outcome goes.
+        processes: Those that share each step.
     """
 
     def __init__(
-        self, model: TinyHD, config: TrainConfig, supervisor: Supervisor, run: RunDir
+        self,
+        model: TinyHD,
+        config: TrainConfig,
+        supervisor: Supervisor,
+        run: RunSink,
+        processes: Processes | None = None,
     ) -> None:
         how = config.optimisation
+        self._processes = processes or Processes()
         self._model, self._config, self._how = model, config, how
         self._supervisor, self._run = supervisor, run
         self._device = next(model.parameters()).device
@@ -110,7 +126,8 @@ class Trainer:
             if how.ema is not None
             else None
         )
-        self._forward = torch.compile(model) if how.compile else model
+        joined = self._processes.join(model, has_unused=config.supervision.may_skip_fusion)
+        self._joined, self._forward = joined, torch.compile(joined) if how.compile else joined
         self.state = TrainState()
         self._saved_at = time.monotonic()
         self._warned: set[str] = set()
@@ -122,7 +139,8 @@ class Trainer:
         Raises:
             CheckpointError: If that is of another network, or none to continue from.
         """
-        checkpoint, run = self._run.checkpoint, self._run
+        run = self._run
+        checkpoint = self._processes.of_first(run.checkpoint)
         if checkpoint is None:
             return
         try:
@@ -139,6 +157,8 @@ class Trainer:
                 "continue from; choose another --out"
             ) from error
         self._bad_told = self.state.bad_clips
+        if not self._processes.is_first:
+            return
         log.info("continuing %s after step %d", run.path, self.state.step)
         threads, now = checkpoint.get("threads"), torch.get_num_threads()
         is_unfinished = self.state.epoch < self._how.epochs
@@ -158,37 +178,61 @@ class Trainer:
             group["lr"] = rate * group["lr_scale"]
         falls = how.schedule == "paper" and state.epoch in how.milestones and state.epoch
         is_due = how.reload_best and falls and state.reloaded != state.epoch
-        if is_due and not state.batch and self._run.best.exists():
-            best = read_checkpoint(self._run.best)
+        if is_due and not state.batch:
+            best = self._processes.of_first(self._run.read_best())
+            if best is None:
+                return
             self._model.load_state_dict(best["weights"])
             # Better ones may lie there when this epoch has to be done again.
             state.reloaded = state.epoch
             self.save(is_best=False)
-            log.info(
+            self._tell(
                 "epoch %d: back to the weights of step %d, the best", state.epoch + 1, best["step"]
             )
 
     def run_epoch(
-        self, batches: Iterator[Batch], stop: Stop, progress: Progress, checkpoint_seconds: float
-    ) -> None:
-        """Train on what is left of an epoch, or until a signal comes."""
-        state, epochs = self.state, self._how.epochs
+        self, batches: Iterator[Batch], watch: Watch, clips: int, checkpoint_seconds: float
+    ) -> bool:
+        """Train on what is left of an epoch, or until it is to end.
+
+        Args:
+            batches: What this process reads of it.
+            watch: Is told, and asked.
+            clips: Those of the whole epoch, of all processes.
+            checkpoint_seconds: At least so often is a checkpoint written.
+
+        Returns:
+            Whether the epoch is done.
+        """
+        state, processes = self.state, self._processes
         rate = self._how.learning_rate_at(state.epoch)
-        self._model.train()
-        for batch in self._counted(batches):
+        at_once = processes.count * self._how.batch_size
+        self._joined.train()
+        for batch in _reading(batches):
+            self._count_all(batch)
             losses = self.train_step(batch)
             state.step += 1
             state.batch += 1
-            terms = {name: term.item() for name, term in losses.terms.items()}
-            total = losses.total.item()
-            values = {"total": total, **terms, "learning_rate": rate, "bad_clips": state.bad_clips}
-            self._run.log("training", state.step, values)
-            note = f"epoch {state.epoch + 1} of {epochs}, loss {total:.3f}"
-            progress.advance(len(batch.keys), note=note)
-            if stop.is_set or time.monotonic() - self._saved_at >= checkpoint_seconds:
+            values, is_stopping = self._agree(losses, watch)
+            rest = {"learning_rate": rate, "bad_clips": state.bad_clips}
+            self._run.log("training", state.step, {**values, **rest})
+            done = [min(clips, batch * at_once) for batch in (state.batch - 1, state.batch)]
+            note = f"epoch {state.epoch + 1} of {self._how.epochs}, loss {values['total']:.3f}"
+            watch.advance(done[1] - done[0], note)
+            if is_stopping or time.monotonic() - self._saved_at >= checkpoint_seconds:
                 self.save(is_best=False)
-            if stop.is_set:
-                return
+            if is_stopping:
+                return False
+        return True
+
+    def _agree(self, losses: Losses, watch: Watch) -> tuple[dict[str, float], bool]:
+        """Return what all processes found together, and whether one of them is to end."""
+        names = ["total", *losses.terms]
+        found = torch.stack([losses.total, *losses.terms.values()]).detach().float()
+        is_stopping = found.new_tensor([float(watch.is_stopping)])
+        *values, stopping = self._processes.sum(torch.cat([found, is_stopping])).tolist()
+        means = [value / self._processes.count for value in values]
+        return dict(zip(names, means, strict=True)), stopping > 0
 
     def train_step(self, batch: Batch) -> Losses:
         """Make one update.
@@ -199,8 +243,8 @@ class Trainer:
         clips = normalise_frames(batch.frames.to(self._device))
         with self._autocast():
             output = self._forward(clips)
-            terms = self._supervisor.terms(output, batch, clips)
-        losses = add_terms(terms)
+            terms = self._supervisor.terms(output, batch, self._supervisor.targets(batch, clips))
+        losses = add_terms(terms, self._processes.sum, processes=self._processes.count)
         if not losses.total.isfinite():
             raise TrainingError(
                 f"the loss of step {self.state.step + 1} is not finite, on the clips "
@@ -233,12 +277,12 @@ class Trainer:
             is_best = found.total < state.best
             state.best = min(found.total, state.best)
             state.validation = dict(found.values)
-            log.info(
+            self._tell(
                 "epoch %d of %d, step %d, held out: %s%s",
                 *(state.epoch + 1, self._how.epochs, state.step, found),
                 " (the best so far)" if is_best else "",
             )
-        if state.bad_clips > self._bad_told:
+        if state.bad_clips > self._bad_told and self._processes.is_first:
             self._bad_told = state.bad_clips
             log.warning(
                 "%d of %d clips so far could not be read, and were replaced by others",
@@ -262,6 +306,11 @@ class Trainer:
         )
         self._saved_at = time.monotonic()
 
+    def _tell(self, message: str, *values: object) -> None:
+        """Log what all processes know once."""
+        if self._processes.is_first:
+            log.info(message, *values)
+
     def _averaged(self) -> TinyHD:
         """Return the model that is validated: the moving average, if there is one."""
         if self._average is None:
@@ -272,15 +321,22 @@ class Trainer:
 
     def _validate(self, batches: Iterator[Batch]) -> Validation:
         shown: list[Batch] = []
+        before = self.state.clips, self.state.bad_clips
 
-        def keeping_first() -> Iterator[Batch]:
-            for batch in self._counted(batches):
+        def counted() -> Iterator[Batch]:
+            for batch in _reading(batches):
                 shown[:] = shown or [batch]  # the same clips in every epoch
+                self._count(batch, len(batch.keys) + len(batch.bad), len(batch.bad))
                 yield batch
 
         model = self._averaged()
-        found = validate(model, keeping_first(), self._supervisor)
-        if shown:
+        found = validate(model, counted(), self._supervisor, self._processes)
+        # What others have counted meanwhile is known only now.
+        now = self.state.clips, self.state.bad_clips
+        own = torch.tensor([now[0] - before[0], now[1] - before[1]], device=self._device)
+        clips, bad = self._processes.sum(own).tolist()
+        self.state.clips, self.state.bad_clips = before[0] + clips, before[1] + bad
+        if shown and self._processes.is_first:
             picture = draw_snapshot(model, shown[0], self._supervisor)
             self._run.show("held out", self.state.step, picture)
         if not math.isfinite(found.total):
@@ -295,34 +351,45 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=getattr(torch, self._how.precision))
 
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield batches, after a look at what was replaced in them.
+    def _count_all(self, batch: Batch) -> None:
+        """Count what all processes had to replace in this step; see :meth:`_count`."""
+        own = [len(batch.keys) + len(batch.bad), len(batch.bad)]
+        clips, bad = self._processes.sum(torch.tensor(own, device=self._device)).tolist()
+        self._count(batch, clips, bad)
+
+    def _count(self, batch: Batch, clips: int, bad: int) -> None:
+        """Count clips, and those of them that were replaced.
 
         Raises:
             TrainingError: If too many clips could not be read.
         """
-        try:
-            for batch in batches:
-                self._count(batch)
-                yield batch
-        except ClipError as error:
-            raise TrainingError(str(error)) from error
-
-    def _count(self, batch: Batch) -> None:
         state, limit = self.state, self._config.sampling.max_bad_share
-        state.clips += len(batch.keys) + len(batch.bad)
-        state.bad_clips += len(batch.bad)
+        state.clips += clips
+        state.bad_clips += bad
         for clip in batch.bad:
             if clip.source not in self._warned:
                 self._warned.add(clip.source)
                 log.warning("%s; other clips are taken instead", clip.reason)
         few = FEW_BAD_CLIPS if limit else 0
-        if batch.bad and state.bad_clips > max(few, limit * state.clips):
+        if bad and state.bad_clips > max(few, limit * state.clips):
+            reason = f"; at last: {batch.bad[-1].reason}" if batch.bad else ""
             raise TrainingError(
                 f"{state.bad_clips} of the {state.clips} clips so far could not be read, more than "
-                f"the share of {limit:g} that may be; at last: {batch.bad[-1].reason}; mend what "
+                f"the share of {limit:g} that may be{reason}; mend what "
                 "is damaged, or allow more with --max-bad-share, and continue the run"
             )
+
+
+def _reading(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches.
+
+    Raises:
+        TrainingError: If clips cannot be read, nor others in their place.
+    """
+    try:
+        yield from batches
+    except ClipError as error:
+        raise TrainingError(str(error)) from error
 
 
 _SAVED: Final = ("epoch", "step", "batch", "best", "clips", "bad_clips", "validation", "reloaded")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from student.clips import Batch
-from student.losses import Term, mean_of
+from student.losses import TermSums
 from student.metrics import correlation, score_batch
+from student.processes import Processes
 from student.protocols import Measure
 from student.supervision import Supervisor
 from student.tinyhd import TinyHD, normalise_frames
@@ -42,40 +42,72 @@ class Validation:
 
 
 @torch.inference_mode()
-def validate(model: TinyHD, batches: Iterable[Batch], supervisor: Supervisor) -> Validation:
+def validate(
+    model: TinyHD,
+    batches: Iterable[Batch],
+    supervisor: Supervisor,
+    processes: Processes | None = None,
+) -> Validation:
     """Score a model; it is left in evaluation mode.
+
+    Args:
+        model: The student.
+        batches: Clips, of this process.
+        supervisor: Computes the terms.
+        processes: Those that score clips of the same validation.
 
     Raises:
         ValueError: If there are no batches.
     """
     model.eval()
     device = next(model.parameters()).device
-    every: list[dict[str, Term]] = []
-    scores: dict[str, list[Tensor]] = {}
-    maps = 0
+    sums, means, maps = TermSums(), _Means(), 0
     for batch in batches:
         clips = normalise_frames(batch.frames.to(device))
         output = model(clips)
-        terms = supervisor.terms(output, batch, clips)
-        every.append(terms)
+        targets = supervisor.targets(batch, clips)
+        sums.add(supervisor.terms(output, batch, targets))
         saliency = output.saliency.flatten(1, -3).float()  # B T H W
         maps += saliency.shape[0] * saliency.shape[1]
-        for number, planes in enumerate(batch.planes):
-            teacher = supervisor.saliency_of(number, planes, device)
-            name = f"{supervisor.name_of(number)}/cc"
-            scores.setdefault(name, []).append(correlation(teacher, saliency).flatten())
-        for name, found_scores in _score_recorded(batch, saliency).items():
-            scores.setdefault(name, []).append(found_scores)
-    if not every:
+        for target in targets:
+            means.add(f"{target.name}/cc", correlation(target.maps.saliency, saliency))
+        for name, scores in _score_recorded(batch, saliency).items():
+            means.add(name, scores)
+    (first, *others) = (processes or Processes()).gather((sums, means, maps))
+    sums, means, maps = first
+    for other in others:
+        sums.join(other[0])
+        means.join(other[1])
+        maps += other[2]
+    if not maps:
         raise ValueError("there are no clips to validate on")
-    means = mean_of(every)
-    weights = {name: term.weight for terms in every for name, term in terms.items()}
-    means[TOTAL] = sum(weights[name] * value for name, value in means.items())
-    for name, parts in scores.items():
-        found = float(torch.cat(parts).nanmean())
-        if math.isfinite(found):
-            means[name] = found
-    return Validation(means, maps)
+    return Validation({**sums.means, TOTAL: sums.total, **means.values}, maps)
+
+
+class _Means:
+    """Means of scores; those that are no number count for nothing."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, name: str, scores: Tensor) -> None:
+        """Add scores of a name."""
+        finite = scores[scores.isfinite()].double()
+        self._add(name, float(finite.sum()), finite.numel())
+
+    def join(self, others: _Means) -> None:
+        """Add what was scored elsewhere."""
+        for name, (total, count) in others._sums.items():
+            self._add(name, total, count)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Means by name."""
+        return {name: total / count for name, (total, count) in self._sums.items() if count}
+
+    def _add(self, name: str, total: float, count: int) -> None:
+        before = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (before[0] + total, before[1] + count)
 
 
 def _score_recorded(batch: Batch, saliency: Tensor) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ def local_ray() -> Iterator[None]:
     """One Ray on this machine for all tests that only need some Ray."""
     import ray
 
-    from distill.executors import start_ray
+    from stores.cluster import start_ray
 
     start_ray(None)
     yield

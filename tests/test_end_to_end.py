@@ -72,7 +72,7 @@ def test_a_student_learns_from_a_store_that_a_published_network_filled(
     assert labels.request.provenance["weights_sha256"]
     content = ClipContent(height=SIZE[0], width=SIZE[1], labels=(labels.name,))
     dataset = ClipDataset(str(store), content)
-    sampling = Sampling(holdout=HOLDOUT)
+    sampling = Sampling(holdout=HOLDOUT, holdout_of="frames")
     pools = find_pools(labels.store.videos, [labels], sampling, target_frames=1)
     spans = pools.validation.items()
     kept = [ClipKey(video, last) for video, ranges in spans for span in ranges for last in span]

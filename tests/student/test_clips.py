@@ -24,7 +24,8 @@ def test_kept_frames_are_the_decoded_ones(labelled: Path, video_folder: Path) ->
     key = ClipKey("sub/middle", 30)
     dataset = ClipDataset(labelled, content(32, 32))
     assert dataset.find_frames(["long", "sub/middle"])
-    _, kept, (planes,), density, fixations, _ = dataset[key]
+    _, kept, (planes,), density, fixations, view, _ = dataset[key]
+    assert view is None
     assert density is None
     assert fixations is None
     decoded = list(decode_video(video_folder / "sub" / "middle.mp4"))[15:31]

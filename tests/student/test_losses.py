@@ -11,9 +11,9 @@ from student.losses import (
     RecordedMaps,
     SourceMaps,
     Term,
+    TermSums,
     add_terms,
     ground_truth_terms,
-    mean_of,
     source_terms,
 )
 from student.metrics import correlation, kl_divergence, nss
@@ -249,7 +249,11 @@ def test_maps_count_the_same_in_whatever_process_and_batch_they_are() -> None:
     shared = torch.stack(counts).sum(0)
     totals = [add_terms(part, lambda _: shared, processes=2).total for part in parts]
     torch.testing.assert_close(torch.stack(totals).mean(), whole)  # as gradients are averaged
-    assert mean_of(parts)["toy/saliency"] == pytest.approx(whole.item())
+    sums = TermSums()
+    for part in parts:
+        sums.add(part)
+    assert sums.means["toy/saliency"] == pytest.approx(whole.item())
+    assert sums.total == pytest.approx(whole.item())
 
 
 def test_nothing_to_learn_from_is_an_error() -> None:

@@ -29,6 +29,7 @@ COMMON = (
     "optimisation.epochs=1",
     "sampling.clips_per_video=2",
     "sampling.holdout=0.3",
+    "sampling.holdout_of=frames",
     'supervision.labels=[{"labels": "pqft"}]',
 )
 EXPERIMENTS = {

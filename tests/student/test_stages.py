@@ -18,7 +18,7 @@ from student.stages import build_stages, train_stages
 COMMON = {
     "student": {"size": "32x32"},
     "supervision": {"flip": "none", "labels": [{"labels": "pqft", "hierarchical": 0}]},
-    "sampling": {"clips_per_video": 2, "holdout": 0.3},
+    "sampling": {"clips_per_video": 2, "holdout": 0.3, "holdout_of": "frames"},
     "optimisation": {"epochs": 1},
 }
 THREE = {

@@ -213,7 +213,8 @@ def terms_of(url: str, config: TrainConfig, *keys: ClipKey) -> tuple[dict[str, T
     assistant = config.supervision.assistant
     model = load_assistant(assistant, config, "cpu") if assistant is not None else None
     supervisor = Supervisor(config, sources, model)
-    return supervisor.terms(output, batch, clips), batch, (sources, output, model)
+    terms = supervisor.terms(output, batch, supervisor.targets(batch, clips))
+    return terms, batch, (sources, output, model)
 
 
 KEYS = ClipKey("a", 20), ClipKey("b", 31)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 SMALL = TrainConfig(
     student=build_config("tinyhd-s-rc4", height=32, width=32),
     supervision=Supervision(labels=(LabelTerm(),)),
-    sampling=Sampling(clips_per_video=4, holdout=0.3, validation_clips=2),
+    sampling=Sampling(clips_per_video=4, holdout=0.3, holdout_of="frames", validation_clips=2),
     optimisation=Optimisation(epochs=3, batch_size=3, learning_rate=0.05),
 )
 
@@ -414,7 +414,7 @@ def test_zero_hierarchical_weight_trains_on_the_saliency_map_alone(
 TINY = TrainConfig(
     student=TinyHDConfig(channel_reduction=8, height=32, width=64),
     supervision=Supervision(labels=(LabelTerm(labels="toy"),), flip="none"),
-    sampling=Sampling(clips_per_video=2, holdout=0.4, validation_clips=1),
+    sampling=Sampling(clips_per_video=2, holdout=0.4, holdout_of="frames", validation_clips=1),
     optimisation=Optimisation(epochs=3, batch_size=2, learning_rate=0.02),
 )
 TINY_M = change(
@@ -541,10 +541,10 @@ def test_best_weights_come_back_where_the_rate_falls(
     started: dict[int, dict[str, torch.Tensor]] = {}
     run_epoch = Trainer.run_epoch
 
-    def look(self: Trainer, *arguments: Any) -> None:  # noqa: ANN401
+    def look(self: Trainer, *arguments: Any) -> bool:  # noqa: ANN401
         weights = self._model.state_dict()
         started[self.state.epoch] = {name: value.clone() for name, value in weights.items()}
-        run_epoch(self, *arguments)
+        return run_epoch(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "run_epoch", look)
@@ -695,7 +695,7 @@ def test_loss_of_no_number_names_its_clips(
     from student import trainer
 
     nothing = Losses(torch.tensor(float("nan")), {})
-    monkeypatch.setattr(trainer, "add_terms", lambda terms: nothing)
+    monkeypatch.setattr(trainer, "add_terms", lambda *_, **__: nothing)
     with pytest.raises(TrainingError, match=r"loss of step 1 .* clips [ab]:\d+, [ab]:\d+;"):
         train(counted, tmp_path / "run", TINY)
     assert not (tmp_path / "run" / "last.pt").exists()

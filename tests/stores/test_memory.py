@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from student.memory import KEEP_FREED
+from stores.memory import KEEP_FREED
 
 COUNT_FAULTS = """
 import resource, sys, threading
 import torch
-from student.memory import keep_freed_memory
+from stores.memory import keep_freed_memory
 
 def count():
     for _ in range(3):
