@@ -280,6 +280,8 @@ SHORTCUTS = {
     "lr": "optimisation.learning_rate",
     "clips_per_video": "sampling.clips_per_video",
     "holdout": "sampling.holdout",
+    "holdout_of": "sampling.holdout_of",
+    "workers": "optimisation.workers",
     "max_bad_share": "sampling.max_bad_share",
     "seed": "seed",
 }
@@ -347,14 +349,21 @@ def _list_presets(context: click.Context, _parameter: click.Parameter, given: bo
 @click.option(
     "--clips-per-video", type=click.IntRange(min=1), help="Clips of each per epoch.  [default: 2]"
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Clips at once.  [default: 2]")
+@click.option(
+    "--batch", type=click.IntRange(min=1), help="Clips at once, of each worker.  [default: 2]"
+)
 @click.option("--lr", type=float, help="Learning rate at first.  [default: 0.01]")
 @click.option("--teacher-weight", type=float, help="Weight of the saliency term.  [default: 1]")
 @click.option("--hierarchical-weight", type=float, help="Of the hierarchical one.  [default: 1]")
 @click.option(
     "--holdout",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of each video's frames, at its end, kept for validation.  [default: 0.1]",
+    help="Share of the videos, or of each one's frames, kept for validation.  [default: 0.1]",
+)
+@click.option(
+    "--holdout-of",
+    type=click.Choice(["videos", "frames"]),
+    help="Keep whole videos, or the end of each.  [default: videos]",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights and clips.  [default: 0]")
 @click.option(
@@ -368,6 +377,22 @@ def _list_presets(context: click.Context, _parameter: click.Parameter, given: bo
     help="Where the videos lie now.  [default: where they were labelled]",
 )
 @click.option("--device", help="Where to train, e.g. cuda:1.  [default: a GPU if there is one]")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes that share each step, on Ray, a GPU each if there are.  [default: 1]",
+)
+@click.option("--address", help="Ray cluster of the workers.  [default: one on this machine]")
+@click.option(
+    "--teacher",
+    help="Have this teacher label clips in the step, in place of the label set; to compare.",
+)
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Weights of that teacher, if it has any.",
+)
+@TEACHER_OPTION
 @click.option("--loader-workers", type=click.IntRange(min=0), default=0, help="Reading processes.")
 @click.option(
     "--list-presets",
@@ -387,29 +412,56 @@ def train_command(
     videos_root: Path | None,
     device: str | None,
     loader_workers: int,
+    address: str | None,
+    teacher: str | None,
+    weights: Path | None,
+    teacher_options: dict[str, str],
     **shortcuts: Any,  # noqa: ANN401 - values of the recipe
 ) -> None:
     """Train a student from the soft targets of a store.
 
     What is trained, and how, is a recipe: a preset, a file over it, --set over both, and the
     options from --labels to --max-bad-share over all. A stopped run is continued exactly by the
-    same command. Show curves and pictures with: tensorboard --logdir OUT
+    same command. The store is only read, unless a stage is to learn from another through it. Show
+    curves and pictures with: tensorboard --logdir OUT
 
     \b
     Example:
         python cli.py train --store targets.zarr --out runs/first
     """
+    from functools import partial
+
     from stores.memory import keep_freed_memory
-    from student.experiment import gather_values
+    from student.experiment import gather_values, put_online
     from student.stages import build_stages, train_stages
 
     keep_freed_memory()
     own = [*changes, *_recipe_changes(shortcuts)]
     if not (recipe_file or preset):
         own.insert(0, "student.variant=tinyhd-s-rc4")
-    stages = build_stages(gather_values(recipe_file, preset=preset, changes=own))
+    values = gather_values(recipe_file, preset=preset, changes=own)
+    if teacher is not None and shortcuts["labels"] is not None:
+        raise click.UsageError("--teacher takes the place of --labels; give one of them")
+    if teacher is None and (weights is not None or teacher_options):
+        raise click.UsageError("--weights and --teacher-option are of a --teacher; name it")
+    if teacher is not None:
+        path = str(weights) if weights is not None else ""
+        values = put_online(
+            values, {"teacher": teacher, "weights": path, "options": teacher_options}
+        )
+    stages = build_stages(values)
     if stages[-1].name:
         click.echo(f"stages: {', '.join(stage.name for stage in stages)}")
+    handed: dict[str, Any] = {}
+    # The trainer knows neither teachers nor how stores are filled: both are handed to it.
+    if any(stage.config.supervision.online is not None for stage in stages):
+        from distill.online import open_teacher
+
+        handed["open_teacher"] = open_teacher
+    if any(stage.learns_through_store for stage in stages):
+        from distill.assist import label_with_student
+
+        handed["label"] = partial(label_with_student, store, videos_root=videos_root)
     state = train_stages(
         store,
         out,
@@ -417,6 +469,8 @@ def train_command(
         videos_root=videos_root,
         device=device or _best_device(),
         loader_workers=loader_workers,
+        address=address,
+        **handed,
     )
     if not state.is_complete:
         click.echo(f"stopped after step {state.step}; run the same command again to continue")

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,9 +97,22 @@ def label_videos(
         TargetStoreError: If the store cannot be opened or written.
         KeyboardInterrupt: After an interruption, when what was being done is finished and kept.
     """
+    return label_files(lambda: find_videos(paths, lists, split=split), store, settings)
+
+
+def label_files(
+    find: Callable[[], Sequence[VideoFile]], store: str | Path, settings: DistillSettings
+) -> DistillReport:
+    """Label videos as :func:`label_videos`, whoever finds them.
+
+    Args:
+        find: Finds them; called when the teacher is there.
+        store: Path or URL of the store; made if it is not there.
+        settings: How.
+    """
     teacher = settings.build_teacher()
     requests = settings.requests(teacher)
-    files = find_videos(paths, lists, split=split)
+    files = find()
     known = TargetStore.open_if_there(store)
     failed = FailureList.load(known.place) if known is not None else FailureList()
     survey = survey_videos(files, known, requests, failed, settings)

@@ -21,7 +21,7 @@ class RunSummary:
 
     path: Path
     label_sets: Mapping[str, str]
-    """Names and fingerprints of what it was trained from."""
+    """Names and fingerprints of what it was trained from, be it stored or said in the step."""
     config: Mapping[str, Any]
     epochs: int
     """Epochs that were validated, or all that were trained where nothing is."""
@@ -35,7 +35,8 @@ class RunSummary:
         student = self.config.get("student", {})
         kind = "S" if student.get("output_frames") == 1 else "M"
         size = f"{student.get('height')}x{student.get('width')}"
-        return f"{kind} rc{student.get('channel_reduction')} {size}"
+        online = " (teacher in the step)" if self.config.get("online_sets") else ""
+        return f"{kind} rc{student.get('channel_reduction')} {size}{online}"
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunSummary]:
@@ -93,7 +94,8 @@ def _read(folder: Path) -> RunSummary | None:
     best = min(validations, key=lambda row: float(row[TOTAL]), default={})
     values = {key: float(value) for key, value in best.items() if key not in ("kind", "step")}
     steps = max((int(row["step"]) for row in rows), default=0)
-    return RunSummary(folder, config["label_sets"], config, len(validations), steps, values)
+    sets = {**config["label_sets"], **config.get("online_sets", {})}
+    return RunSummary(folder, sets, config, len(validations), steps, values)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -150,12 +150,46 @@ def _student(given: object) -> object:
         fields_of_it = VARIANTS[variant].to_dict()
         rest = {**{n: v for n, v in fields_of_it.items() if n not in SIZES}, **rest}
     if size is not None:
-        height, _, width = str(size).partition("x")
-        if not (height.isdecimal() and width.isdecimal()):
-            told = reprlib.repr(size)
-            raise RecipeError(f"student.size: {told} is not HEIGHTxWIDTH, such as 192x256")
-        rest |= {"height": int(height), "width": int(width)}
+        rest["height"], rest["width"] = read_size(size, "student.size")
     return rest
+
+
+def read_size(given: object, where: str) -> tuple[int, int]:
+    """Return height and width of what is written 192x256.
+
+    Raises:
+        RecipeError: If it is something else.
+    """
+    height, _, width = str(given).partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        told = reprlib.repr(given)
+        raise RecipeError(f"{where}: {told} is not HEIGHTxWIDTH, such as 192x256")
+    return int(height), int(width)
+
+
+def put_online(values: Mapping[str, Any], teacher: Mapping[str, Any]) -> Plain:
+    """Have a teacher label in the step what a recipe would take from its label set.
+
+    Args:
+        values: A recipe's values.
+        teacher: Values of ``supervision.online``; weights of the terms are those of the label set.
+
+    Raises:
+        RecipeError: If the recipe has several label sets.
+    """
+    if "stages" in values:
+        raise RecipeError("--teacher goes with a recipe of one stage; set supervision.online")
+    supervision = values.get("supervision")
+    supervision = dict(supervision) if isinstance(supervision, Mapping) else {}
+    labels = supervision.get("labels", [{}])
+    if not isinstance(labels, list | tuple) or len(labels) != 1:
+        raise RecipeError(
+            "--teacher takes the place of a recipe's label set, of which there must be one; "
+            "set supervision.online instead"
+        )
+    weights = {key: value for key, value in dict(labels[0]).items() if key != "labels"}
+    online = {**weights, **teacher}
+    return {**values, "supervision": {**supervision, "labels": [], "online": online}}
 
 
 class _Loader(yaml.SafeLoader):

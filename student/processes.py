@@ -51,6 +51,9 @@ class Processes:
         """
         return model
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give a model the buffers, such as running statistics, of the first process's."""
+
     def share_of(self, items: Sequence[T], size: int) -> list[T]:
         """Return this process's share of what all do in batches of ``size`` for each.
 
@@ -89,6 +92,10 @@ class JoinedProcesses(Processes):
         dist.broadcast_object_list(found, 0)
         first: T = found[0]
         return first
+
+    def share_buffers(self, model: nn.Module) -> None:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
     def join(self, model: nn.Module, *, has_unused: bool) -> nn.Module:
         device = next(model.parameters()).device

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from student.experiment import RecipeError, build_recipe, merge_values
 from student.recipe import TrainConfig
@@ -29,10 +29,17 @@ class Stage:
     config: TrainConfig
 
     @property
+    def learns_through_store(self) -> bool:
+        """Whether the student of another stage has to label the store for it."""
+        return any(t.labels.startswith(REFERENCE) for t in self.config.supervision.labels)
+
+    @property
     def needs(self) -> list[str]:
         """Names of the stages whose students it needs."""
-        assistant = self.config.supervision.assistant
-        given = [self.config.start, assistant.checkpoint if assistant is not None else ""]
+        supervision = self.config.supervision
+        given = [self.config.start, *(term.labels for term in supervision.labels)]
+        if supervision.assistant is not None:
+            given.append(supervision.assistant.checkpoint)
         return [path.removeprefix(REFERENCE) for path in given if path.startswith(REFERENCE)]
 
 
@@ -71,13 +78,37 @@ def build_stages(values: Mapping[str, Any]) -> list[Stage]:
                 f"there are {', '.join(before) or 'none'}"
             )
         stages.append(stage)
+    _check_held_out(stages)
     return stages
+
+
+def _check_held_out(stages: Sequence[Stage]) -> None:
+    """Make sure that no stage trains on what another one is judged by."""
+    first = stages[0]
+    for stage in stages[1:]:
+        for name in ("holdout", "holdout_of"):
+            before, now = (getattr(item.config.sampling, name) for item in (first, stage))
+            if now != before:
+                raise RecipeError(
+                    f"stage {stage.name} has sampling.{name} {now}, stage {first.name} {before}: "
+                    "one would train on what the other validates on; let them be the same"
+                )
+
+
+class Label(Protocol):
+    """Has the student of a checkpoint label a store."""
+
+    def __call__(self, checkpoint: Path, /, *, is_mirrored: bool) -> str:
+        """Return the label set's name; of mirrored frames there is another if that is so."""
+        ...
 
 
 def train_stages(
     store: str | Path,
     out: Path,
     stages: Sequence[Stage],
+    *,
+    label: Label | None = None,
     **options: Any,  # noqa: ANN401 - of train
 ) -> TrainState:
     """Train one stage after the other; what is finished is not begun anew.
@@ -89,6 +120,8 @@ def train_stages(
         store: Path or URL of the target store.
         out: Folder of the run.
         stages: What is trained, in this order.
+        label: Labels the store for stages that learn from a stage through it; the only thing that
+            writes there.
         options: As of :func:`student.train.train`.
 
     Returns:
@@ -99,17 +132,30 @@ def train_stages(
         folder = out / stage.name if stage.name else out
         if stage.name:
             log.info("stage %d of %d: %s", number + 1, len(stages), stage.name)
-        config = _with_students(stage.config, out)
+        config = _with_students(stage.config, out, label)
         state = train(store, folder, config, **options)
         if not state.is_complete:
             break
     return state
 
 
-def _with_students(config: TrainConfig, out: Path) -> TrainConfig:
-    """Return a stage's recipe with the checkpoints of the stages that it names."""
+def _with_students(config: TrainConfig, out: Path, label: Label | None) -> TrainConfig:
+    """Return a stage's recipe with the checkpoints and label sets of the stages that it names."""
     start = _checkpoint_of(config.start, out)
     supervision = config.supervision
+    labels = []
+    for term in supervision.labels:
+        name = term.labels
+        if name.startswith(REFERENCE):
+            if label is None:
+                raise RecipeError(
+                    f"labels of {name!r} are to be made in the store, and nobody makes them: "
+                    "the command line does; in Python, give train_stages() a label function"
+                )
+            checkpoint = Path(_checkpoint_of(name, out))
+            name = label(checkpoint, is_mirrored=supervision.flip == "labels")
+        labels.append(replace(term, labels=name))
+    supervision = replace(supervision, labels=tuple(labels))
     if supervision.assistant is not None:
         path = _checkpoint_of(supervision.assistant.checkpoint, out)
         supervision = replace(

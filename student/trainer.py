@@ -330,6 +330,7 @@ class Trainer:
                 yield batch
 
         model = self._averaged()
+        self._processes.share_buffers(model)  # all score the model that is kept
         found = validate(model, counted(), self._supervisor, self._processes)
         # What others have counted meanwhile is known only now.
         now = self.state.clips, self.state.bad_clips

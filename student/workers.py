@@ -280,19 +280,22 @@ def _absolute(path: str) -> str:
 
 
 def _cause_of(error: Exception) -> Exception:
-    """Return what a user is to know of a training that failed."""
+    """Return what a user is to know of a training that failed; our own mistakes as they are."""
     import ray
 
-    failures = getattr(error, "worker_failures", {})
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     for failure in failures.values():
         # Others end because of the one that has something to say.
-        cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, TinyHDError | ValueError | MemoryError):
-            return cause
+        if isinstance(failure, TinyHDError | ValueError | MemoryError):
+            return failure
     for rank, failure in failures.items():
-        if isinstance(failure, ray.exceptions.RayActorError):
+        lost = getattr(failure, "health_check_failure", failure)
+        if isinstance(lost, ray.exceptions.RayError):
             return TrainingError(
-                f"worker {rank} was lost: {death_of(failure)}; run the same command again to "
+                f"worker {rank} was lost: {death_of(lost)}; run the same command again to "
                 "continue from the last checkpoint"
             )
+    if not failures:
+        reason = str(getattr(error, "controller_failure", error)).strip().partition("\n")[0]
+        return TrainingError(f"Ray Train cannot go on: {reason}")
     return error

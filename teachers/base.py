@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stores.frames import resize_frames
 from stores.maps import MapLayout
@@ -153,6 +154,14 @@ class Teacher(ABC):
         layout = self.spec.layout
         resized = resize_frames(frame[None], layout.height, layout.width, antialias=True)
         return resized.reshape(resized.shape[1:])
+
+    def without_network(self) -> Self:
+        """Return a copy that knows windows and sizes, and is small enough to be sent around."""
+        eyes = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, nn.Module):
+                setattr(eyes, name, None)
+        return eyes
 
     def prepare(self, frames: npt.NDArray[np.uint8]) -> Tensor:
         """Bring resized frames to what the network expects.
