@@ -27,12 +27,14 @@ class ClusterError(TinyHDError):
     """A Ray cluster cannot be used."""
 
 
-def start_ray(address: str | None, *, factory: str = "") -> None:
+def start_ray(address: str | None, *, factory: str = "", is_background: bool = True) -> None:
     """Connect to a cluster, or start a quiet Ray of our own on this machine.
 
     Args:
         address: Of the cluster, whose machines are sent the code that they need.
         factory: A teacher of one's own, as ``package.module:factory``; its package is sent, too.
+        is_background: Whether workers of this machine yield to whatever else runs on it, as Ray has
+            them do.
 
     Raises:
         ClusterError: If the cluster cannot be used.
@@ -61,7 +63,7 @@ def start_ray(address: str | None, *, factory: str = "") -> None:
             said = lines[0].strip("'").rstrip(".") if lines else type(error).__name__
             raise ClusterError(f"cannot use the Ray cluster at {address}: {said}") from error
         return
-    with _environment_of_children():
+    with _environment_of_children(is_background=is_background):
         ray.init(
             address="local",
             include_dashboard=False,
@@ -121,13 +123,15 @@ def death_of(error: Exception) -> str:
 
 
 @contextmanager
-def _environment_of_children() -> Iterator[None]:
+def _environment_of_children(*, is_background: bool) -> Iterator[None]:
     """Let processes started inside import these packages, and keep the memory that they free."""
     here = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     changed = {"PYTHONPATH": path} | {
         name: value for name, value in KEEP_FREED.items() if name not in os.environ
     }
+    if not is_background:
+        changed["RAY_worker_niceness"] = "0"
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     try:

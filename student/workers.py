@@ -136,7 +136,8 @@ def train_on_workers(job: TrainJob) -> TrainState:
     is_ours = not ray.is_initialized()
     if is_ours:
         online = job.config.supervision.online
-        start_ray(job.address, factory=online.teacher if online is not None else "")
+        factory = online.teacher if online is not None else ""
+        start_ray(job.address, factory=factory, is_background=False)
     try:
         return _train_on_ray(job)
     finally:

@@ -114,3 +114,25 @@ def test_held_out_clips_are_shown_in_tensorboard(labelled: Path, tmp_path: Path)
     shown = events.Images("held out")
     assert len(shown) == 2
     assert shown[0].width == 128 * 6  # frame, teacher, student, d1, d2, d3
+
+
+def test_no_stage_is_judged_by_what_another_has_learnt() -> None:
+    stages = [{"name": "a"}, {"name": "b", "sampling": {"holdout": 0.1}}]
+    with pytest.raises(RecipeError, match=r"stage b has sampling\.holdout 0\.1, stage a 0\.3"):
+        build_stages({**COMMON, "stages": stages})
+    seeds = [{"name": "a"}, {"name": "b", "seed": 5}]
+    assert len(build_stages({**COMMON, "stages": seeds})) == 2
+
+
+def test_labels_of_a_stage_need_it_and_somebody_who_makes_them(
+    labelled: Path, tmp_path: Path
+) -> None:
+    through = {"supervision": {"labels": [{"labels": "stage:wide"}]}}
+    stages = [{"name": "narrow", "student": {"variant": "tinyhd-s-rc4"}, **through}]
+    with pytest.raises(RecipeError, match="needs the student of 'wide'"):
+        build_stages({**COMMON, "stages": stages})
+    wide = {"name": "wide", "student": {"variant": "tinyhd-s-rc4"}}
+    built = build_stages({**COMMON, "stages": [wide, *stages]})
+    assert [stage.learns_through_store for stage in built] == [False, True]
+    with pytest.raises(RecipeError, match="give train_stages\\(\\) a label function"):
+        train_stages(labelled, tmp_path / "run", built)

@@ -192,6 +192,7 @@ def command(store: Path, out: Path, recipe: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("killer", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_workers_continue_exactly(
     store: Path, tmp_path: Path, killer: signal.Signals
