@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import signal
+import textwrap
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -110,6 +111,7 @@ def train(
     job = TrainJob(store=store, out=out, config=config, **options)
     # Before any worker starts: what is wrong is said here, and videos are looked at once.
     prepared = prepare(job)
+    log.info("recipe of %s:\n%s", out, textwrap.indent(write_recipe(config), "  ").rstrip())
     if config.optimisation.workers > 1:
         from student.workers import train_on_workers
 

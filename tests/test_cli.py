@@ -49,8 +49,8 @@ def test_two_commands_make_a_student(run: Run, video_folder: Path, tmp_path: Pat
     assert "nothing to do, 3 videos are complete" in run(*arguments).output
     trained = run("train", "--store", store, "--out", out, *TRAIN_SMALL)
     assert trained.exit_code == 0, trained.output
-    assert "2 steps done" in trained.output
-    assert "on held-out frames: KL" not in trained.output  # 10 % of these videos hold no clip
+    assert "1 steps done" in trained.output  # a clip of each video but the one that is held out
+    assert "on held-out clips: pqft/saliency" in trained.output
     assert (out / "last.pt").is_file()
 
 
