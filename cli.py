@@ -273,7 +273,6 @@ def distill_command(
 SHORTCUTS = {
     "variant": "student.variant",
     "size": "student.size",
-    "labels": "supervision.labels",
     "data": "supervision.ground_truth.data",
     "epochs": "optimisation.epochs",
     "batch": "optimisation.batch_size",
@@ -293,20 +292,22 @@ def _recipe_changes(given: dict[str, Any]) -> list[str]:
     import json
 
     changes = []
-    weights = {"saliency": given["teacher_weight"], "hierarchical": given["hierarchical_weight"]}
-    label = {name: weight for name, weight in weights.items() if weight is not None}
-    if given["labels"] is not None:
-        label["labels"] = given["labels"]
-    if label:
-        changes.append(f"supervision.labels={json.dumps([label])}")
     for name, key in SHORTCUTS.items():
         value = given[name]
-        if value is None or name == "labels":
-            continue
-        if name == "size":
-            value = "x".join(map(str, value))
-        changes.append(f"{key}={json.dumps(value)}")
+        if value is not None:
+            value = "x".join(map(str, value)) if name == "size" else value
+            changes.append(f"{key}={json.dumps(value)}")
     return changes
+
+
+def _label_changes(given: dict[str, Any]) -> dict[str, Any]:
+    """Return options of train as changes of the recipe's label set."""
+    values = {
+        "labels": given["labels"],
+        "saliency": given["teacher_weight"],
+        "hierarchical": given["hierarchical_weight"],
+    }
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _list_presets(context: click.Context, _parameter: click.Parameter, given: bool) -> None:  # noqa: FBT001 - click's signature
@@ -432,7 +433,7 @@ def train_command(
     from functools import partial
 
     from stores.memory import keep_freed_memory
-    from student.experiment import gather_values, put_online
+    from student.experiment import change_label_set, gather_values, put_online
     from student.stages import build_stages, train_stages
 
     keep_freed_memory()
@@ -440,6 +441,8 @@ def train_command(
     if not (recipe_file or preset):
         own.insert(0, "student.variant=tinyhd-s-rc4")
     values = gather_values(recipe_file, preset=preset, changes=own)
+    if change := _label_changes(shortcuts):
+        values = change_label_set(values, change)
     if teacher is not None and shortcuts["labels"] is not None:
         raise click.UsageError("--teacher takes the place of --labels; give one of them")
     if teacher is None and (weights is not None or teacher_options):
@@ -450,6 +453,7 @@ def train_command(
             values, {"teacher": teacher, "weights": path, "options": teacher_options}
         )
     stages = build_stages(values)
+    device = device or _best_device()
     if stages[-1].name:
         click.echo(f"stages: {', '.join(stage.name for stage in stages)}")
     handed: dict[str, Any] = {}
@@ -461,13 +465,15 @@ def train_command(
     if any(stage.learns_through_store for stage in stages):
         from distill.assist import label_with_student
 
-        handed["label"] = partial(label_with_student, store, videos_root=videos_root)
+        handed["label"] = partial(
+            label_with_student, store, videos_root=videos_root, device=device, address=address
+        )
     state = train_stages(
         store,
         out,
         stages,
         videos_root=videos_root,
-        device=device or _best_device(),
+        device=device,
         loader_workers=loader_workers,
         address=address,
         **handed,
@@ -476,12 +482,12 @@ def train_command(
         click.echo(f"stopped after step {state.step}; run the same command again to continue")
         sys.exit(EXIT_INTERRUPTED)
     folder = out / stages[-1].name if stages[-1].name else out
-    click.echo(f"{folder}: {state.step} steps done, weights in {folder / 'last.pt'}")
+    click.echo(f"{folder}: {state.step} steps done, the best weights in {folder / 'best.pt'}")
     if state.bad_clips:
         click.echo(f"{state.bad_clips} of {state.clips} clips could not be read, and were replaced")
     if state.validation:
         told = ", ".join(f"{name} {value:.4f}" for name, value in state.validation.items())
-        click.echo(f"on held-out clips: {told}")
+        click.echo(f"theirs on held-out clips: {told}")
 
 
 @cli.command("runs")

@@ -19,6 +19,8 @@ def label_with_student(
     *,
     is_mirrored: bool,
     videos_root: Path | None = None,
+    device: str = "cpu",
+    address: str | None = None,
     inline: bool = False,
 ) -> str:
     """Have a student label all videos of a store; what the store has is not done again.
@@ -28,6 +30,8 @@ def label_with_student(
         checkpoint: The student's.
         is_mirrored: Whether it labels mirrored frames, too.
         videos_root: Where the videos lie now, if not where they were labelled.
+        device: Where students run.
+        address: Ray cluster, if not one of its own on this machine.
         inline: Whether to label in this process, and not on Ray.
 
     Returns:
@@ -44,6 +48,8 @@ def label_with_student(
         teacher="assistant",
         weights=checkpoint,
         variant="both" if is_mirrored else "identity",
+        gpus_per_actor=float(device.startswith("cuda")),
+        address=address,
         executor="inline" if inline else "ray",
     )
     report = label_files(lambda: files, store, settings)

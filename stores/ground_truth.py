@@ -181,8 +181,11 @@ class GroundTruth:
         """Return the fixated points of a frame, where the data set has a table of them."""
         return self._points.get(frame)
 
-    def stamp(self) -> str:
+    def stamp(self, *, with_times: bool = True) -> str:
         """Return by what its files are taken to be the same as before, and about the same frames.
+
+        Args:
+            with_times: Whether files that were written anew are others; copies have other times.
 
         Raises:
             VideoError: If one is gone.
@@ -193,7 +196,8 @@ class GroundTruth:
             files.append((-1, self._root / self._labels.points))
         for frame, path in files:
             stamp = FileStamp.of(path)
-            told = f"{frame} {path.name} {stamp.num_bytes} {stamp.modified_ns}\n"
+            modified = stamp.modified_ns if with_times else ""
+            told = f"{frame} {path.name} {stamp.num_bytes} {modified}\n"
             digest.update(told.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 

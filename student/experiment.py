@@ -99,8 +99,48 @@ def gather_values(
     if file is not None:
         values = merge_values(values, _read_yaml(file))
     for change in changes:
-        values = merge_values(values, _parse_change(change))
+        values = lay_over(values, _parse_change(change))
     return values
+
+
+def lay_over(values: Mapping[str, Any], change: Mapping[str, Any]) -> Plain:
+    """Lay values over a recipe, and over what its stages say of their own."""
+    changed = merge_values(values, change)
+    stages = values.get("stages")
+    if isinstance(stages, list) and "stages" not in change:
+        changed["stages"] = [
+            merge_values(stage, change) if isinstance(stage, Mapping) else stage for stage in stages
+        ]
+    return changed
+
+
+def change_label_set(values: Mapping[str, Any], change: Mapping[str, Any]) -> Plain:
+    """Change the label set of a recipe, of which there must be one, and keep the rest of it.
+
+    Raises:
+        RecipeError: If there are several, or the stages have their own.
+    """
+    term = {**_only_label_set(values, "the options of a label set"), **change}
+    return merge_values(values, {"supervision": {"labels": [term]}})
+
+
+def _only_label_set(values: Mapping[str, Any], who: str) -> Plain:
+    if "stages" in values:
+        raise RecipeError(f"{who} change a recipe of one stage; write the stages' own in its file")
+    supervision = values.get("supervision")
+    labels = supervision.get("labels", [{}]) if isinstance(supervision, Mapping) else [{}]
+    if not isinstance(labels, list | tuple) or len(labels) != 1:
+        raise RecipeError(
+            f"{who} change a recipe with one label set; write those of this one in its file"
+        )
+    if not isinstance(labels[0], Mapping):
+        raise RecipeError(_not_a_mapping("supervision.labels[0]", labels[0]))
+    return dict(labels[0])
+
+
+def _not_a_mapping(path: str, value: object) -> str:
+    told = reprlib.repr(value)
+    return f"{path}: {told} is not allowed there; it is a mapping, such as {{labels: hd2s}}"
 
 
 def build_recipe(values: Mapping[str, Any]) -> TrainConfig:
@@ -175,21 +215,11 @@ def put_online(values: Mapping[str, Any], teacher: Mapping[str, Any]) -> Plain:
         teacher: Values of ``supervision.online``; weights of the terms are those of the label set.
 
     Raises:
-        RecipeError: If the recipe has several label sets.
+        RecipeError: If the recipe has several label sets, or stages.
     """
-    if "stages" in values:
-        raise RecipeError("--teacher goes with a recipe of one stage; set supervision.online")
-    supervision = values.get("supervision")
-    supervision = dict(supervision) if isinstance(supervision, Mapping) else {}
-    labels = supervision.get("labels", [{}])
-    if not isinstance(labels, list | tuple) or len(labels) != 1:
-        raise RecipeError(
-            "--teacher takes the place of a recipe's label set, of which there must be one; "
-            "set supervision.online instead"
-        )
-    weights = {key: value for key, value in dict(labels[0]).items() if key != "labels"}
-    online = {**weights, **teacher}
-    return {**values, "supervision": {**supervision, "labels": [], "online": online}}
+    term = _only_label_set(values, "--teacher and its options")
+    weights = {key: value for key, value in term.items() if key != "labels"}
+    return merge_values(values, {"supervision": {"labels": [], "online": {**weights, **teacher}}})
 
 
 class _Loader(yaml.SafeLoader):
@@ -280,8 +310,9 @@ def _check_keys(values: Mapping[str, Any], kind: type, where: str) -> None:
             _check_keys(value, inner, f"{path}.")
         elif isinstance(value, list | tuple):
             for number, item in enumerate(value):
-                if isinstance(item, Mapping):
-                    _check_keys(item, inner, f"{path}[{number}].")
+                if not isinstance(item, Mapping):
+                    raise RecipeError(_not_a_mapping(f"{path}[{number}]", item))
+                _check_keys(item, inner, f"{path}[{number}].")
     for name, item in known.items():
         if item.default is MISSING and item.default_factory is MISSING and name not in values:
             raise RecipeError(f"the key '{where}{name}' is missing")

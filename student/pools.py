@@ -44,6 +44,20 @@ class ClipPools:
     training: Spans
     validation: Spans
 
+    @property
+    def num_training(self) -> int:
+        """Number of clips that there are to train on."""
+        return _count(self.training)
+
+    def describe(self, videos: Sequence[VideoRow]) -> str:
+        """Say how many clips there are, and of how many of these videos."""
+        parts = [
+            f"{_count(spans)} of {len(spans)} videos to {what}"
+            for spans, what in ((self.training, "train on"), (self.validation, "validate on"))
+        ]
+        unused = len(videos) - len({*self.training, *self.validation})
+        return ", ".join(parts) + (f"; {unused} videos have none" if unused else "")
+
 
 @dataclass(frozen=True)
 class Spares:
@@ -138,8 +152,13 @@ def draw_epoch(
         rng = np.random.default_rng([seed, epoch, index])
         draws = rng.integers(len(lasts), size=sampling.clips_per_video)
         clips += [ClipKey(video, int(lasts[draw])) for draw in draws]
-    if sampling.unlabelled is not None:
+    if sampling.unlabelled:
         others = {video: spans[video] for video in spans if video not in labelled}
+        if not others:
+            raise ValueError(
+                f"sampling.unlabelled is {sampling.unlabelled:g}, and there is no video without "
+                "recorded eyes to train on; set it to null"
+            )
         wanted = round(sampling.unlabelled * len(clips))
         rng = np.random.default_rng([seed, epoch, len(spans), UNLABELLED])
         clips += _draw_any(others, wanted, rng)
@@ -237,6 +256,10 @@ def _draw_any(spans: Spans, count: int, rng: np.random.Generator) -> list[ClipKe
         lasts = _lasts(spans[videos[index]])
         clips.append(ClipKey(videos[index], int(lasts[number - (ends[index] - lengths[index])])))
     return clips
+
+
+def _count(spans: Spans) -> int:
+    return sum(len(span) for parts in spans.values() for span in parts)
 
 
 def _lasts(spans: Sequence[range]) -> npt.NDArray[np.int64]:

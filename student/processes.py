@@ -42,13 +42,8 @@ class Processes:
         """Return what the first process has."""
         return value
 
-    def join(self, model: nn.Module, *, has_unused: bool) -> nn.Module:
-        """Return a module that computes as ``model``, with gradients averaged over processes.
-
-        Args:
-            model: The same in all processes; it is given the weights of the first one's.
-            has_unused: Whether some weights may have no part in a loss.
-        """
+    def join(self, model: nn.Module) -> nn.Module:
+        """Return a module that computes as ``model``, with gradients averaged over processes."""
         return model
 
     def share_buffers(self, model: nn.Module) -> None:
@@ -97,13 +92,15 @@ class JoinedProcesses(Processes):
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
-    def join(self, model: nn.Module, *, has_unused: bool) -> nn.Module:
+    def join(self, model: nn.Module) -> nn.Module:
         device = next(model.parameters()).device
-        # Running statistics are those of the first process, which validates and keeps them.
+        # A loss may leave decoders out. And were it not for that, gradients would be put together
+        # anew after the first step of each process: a run that was continued would add them up in
+        # another order.
         joined: nn.Module = nn.parallel.DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
-            find_unused_parameters=has_unused,
+            find_unused_parameters=True,
             gradient_as_bucket_view=True,
         )
         return joined

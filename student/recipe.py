@@ -55,11 +55,6 @@ class TermWeights:
         return any(_weights_of(self).values())
 
     @property
-    def is_fused(self) -> bool:
-        """Whether one of the terms is about the fused map."""
-        return bool(self.saliency)
-
-    @property
     def decoders(self) -> tuple[DecoderName, ...]:
         """Decoders that the terms are about."""
         weights: dict[DecoderName, float] = {"d1": self.hierarchical, "d2": self.d2, "d3": self.d3}
@@ -127,11 +122,6 @@ class GroundTruthTerm:
         return any(_weights_of(self).values())
 
     @property
-    def is_fused(self) -> bool:
-        """Whether one of the terms is about the fused map."""
-        return bool(self.kl or self.cc or self.nss)
-
-    @property
     def decoders(self) -> tuple[DecoderName, ...]:
         """Decoders that the terms are about."""
         weights: dict[DecoderName, float] = {"d2": self.d2, "d3": self.d3}
@@ -179,15 +169,6 @@ class Supervision:
         """What each source of targets asks of a student."""
         others = (self.assistant, self.online, self.ground_truth)
         return [*self.labels, *(term for term in others if term is not None)]
-
-    @property
-    def may_skip_fusion(self) -> bool:
-        """Whether a step may say nothing of the fused map, and so of some decoders."""
-        in_all = [self.assistant, self.online, self.ground_truth]
-        if any(term is not None and term.is_fused for term in in_all):
-            return False
-        fused = [term.is_fused for term in self.labels]
-        return not (all(fused) if self.mixing == "one_per_batch" else any(fused)) or not fused
 
 
 @dataclass(frozen=True, kw_only=True)

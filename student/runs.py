@@ -80,10 +80,7 @@ class RunDir(RunSink):
         """
         config_path = path / "config.json"
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        if config_path.exists():
-            _check_same(config_path, json.loads(text))
-        elif path.exists() and not _is_fresh(path):
-            raise RunError(f"{path} is there already and is no training run; choose another --out")
+        check_run(path, config)
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / "lock")
         try:
@@ -134,6 +131,19 @@ class RunDir(RunSink):
             if row["step"] <= step and not will_come_again:
                 kept.append(line + "\n")
         _write_whole(self._metrics_path, "".join(kept))
+
+
+def check_run(path: Path, config: Mapping[str, Any]) -> None:
+    """Make sure that a folder is of the same configuration, or free.
+
+    Raises:
+        RunError: If it is not.
+    """
+    config_path = path / "config.json"
+    if config_path.exists():
+        _check_same(config_path, json.loads(json.dumps(config)))
+    elif path.exists() and not _is_fresh(path):
+        raise RunError(f"{path} is there already and is no training run; choose another --out")
 
 
 def _check_same(path: Path, config: Mapping[str, Any]) -> None:

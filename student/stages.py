@@ -9,9 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from stores.errors import TinyHDError
+from stores.targets import TargetStore
+from student.checkpoints import load_model
+from student.config import TinyHDConfig
 from student.experiment import RecipeError, build_recipe, merge_values
 from student.recipe import TrainConfig
-from student.train import TrainState, train
+from student.supervision import check_assistant, find_recorded, find_sources
+from student.train import TrainState, check_start, train
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +60,10 @@ def build_stages(values: Mapping[str, Any]) -> list[Stage]:
     """
     common = {key: value for key, value in values.items() if key != STAGES}
     if STAGES not in values:
-        return [Stage("", build_recipe(common))]
+        only = Stage("", build_recipe(common))
+        if only.needs:
+            raise RecipeError(f"the recipe names stage:{only.needs[0]}, and has no stages")
+        return [only]
     given = values[STAGES]
     if not isinstance(given, list) or not given:
         raise RecipeError("stages must be a list of recipes, each with a name")
@@ -127,6 +135,8 @@ def train_stages(
     Returns:
         Where the last stage is, or the one that was stopped.
     """
+    if len(stages) > 1:
+        _check_all(TargetStore.open(store), stages)
     state = TrainState()
     for number, stage in enumerate(stages):
         folder = out / stage.name if stage.name else out
@@ -137,6 +147,47 @@ def train_stages(
         if not state.is_complete:
             break
     return state
+
+
+def _check_all(store: TargetStore, stages: Sequence[Stage]) -> None:
+    """Make sure, before the first stage is trained, that there is what the later ones take.
+
+    Raises:
+        RecipeError: If something is missing, or does not fit.
+    """
+    students = {stage.name: stage.config.student for stage in stages}
+    for stage in stages:
+        try:
+            _check(stage.config, store, students)
+        except (TinyHDError, ValueError) as error:
+            raise RecipeError(f"stage {stage.name}: {error}") from error
+
+
+def _check(config: TrainConfig, store: TargetStore, students: Mapping[str, TinyHDConfig]) -> None:
+    supervision = config.supervision
+    stored = [term for term in supervision.labels if not term.labels.startswith(REFERENCE)]
+    find_sources(store, supervision, stored)
+    find_recorded(store, supervision)
+    for term in supervision.labels:
+        theirs = students.get(term.labels.removeprefix(REFERENCE))
+        if term in stored or theirs is None:
+            continue
+        if term.hierarchical and (theirs.is_multi or "d1" not in theirs.decoders):
+            raise ValueError(
+                f"the student of {term.labels} labels its saliency maps alone; give the "
+                "hierarchical term of these labels the weight 0"
+            )
+
+    def config_of(given: str) -> TinyHDConfig:
+        if given.startswith(REFERENCE):
+            return students[given.removeprefix(REFERENCE)]
+        return load_model(Path(given)).config
+
+    if config.start:
+        check_start(config_of(config.start), config)
+    if supervision.assistant is not None:
+        assistant = config_of(supervision.assistant.checkpoint)
+        check_assistant(assistant, supervision.assistant, config)
 
 
 def _with_students(config: TrainConfig, out: Path, label: Label | None) -> TrainConfig:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from stores.shards import LabelSet
 from stores.targets import TargetStore
 from student.checkpoints import load_model
 from student.clips import Batch, ClipContent
+from student.config import TinyHDConfig
 from student.losses import (
     HIERARCHICAL_MAPS,
     RecordedMaps,
@@ -40,6 +41,9 @@ from student.tinyhd import StudentOutput, TinyHD
 
 log = logging.getLogger(__name__)
 
+ASSISTANT: Final = "assistant"
+"""What the terms of an assistant are called by."""
+
 
 @dataclass(frozen=True)
 class LabelSource:
@@ -58,15 +62,28 @@ class LabelSource:
         return self.labels.layout
 
 
-def find_sources(store: TargetStore, supervision: Supervision) -> list[LabelSource]:
+def find_sources(
+    store: TargetStore, supervision: Supervision, terms: Sequence[LabelTerm] | None = None
+) -> list[LabelSource]:
     """Open the label sets of a recipe, each with its twin of mirrored frames.
+
+    Args:
+        store: Where they are.
+        supervision: Of the recipe.
+        terms: Those of its label sets that are meant; all if not given.
 
     Raises:
         LabelSetNotFoundError: If there is none of a name, or several.
         ValueError: If one lacks hierarchical maps that are asked for.
     """
-    found = [(term, _open_labels(store, term.labels)) for term in supervision.labels]
+    terms = supervision.labels if terms is None else terms
+    found = [(term, _open_labels(store, term.labels)) for term in terms]
+    names = [labels.name for _, labels in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the recipe names the label set {twice[0]} twice")
     teachers = [labels.teacher for _, labels in found]
+    if supervision.assistant is not None:
+        teachers.append(ASSISTANT)
     sources = []
     for term, labels in found:
         layout = labels.layout
@@ -185,6 +202,8 @@ class Supervisor:
         self._config, self._sources, self._assistant = config, sources, assistant
         self._teacher = teacher
         names = [source.name for source in sources]
+        if assistant is not None:
+            names.append(ASSISTANT)
         self._teacher_name = "online"
         if teacher is not None and teacher.request.teacher not in names:
             self._teacher_name = teacher.request.teacher
@@ -204,7 +223,7 @@ class Supervisor:
                 found.append(Target(source.name, maps, source.term, rule))
         if self._assistant is not None and supervision.assistant is not None:
             maps = ask_assistant(self._assistant, clips, self._config.student.output_frames)
-            found.append(Target("assistant", maps, supervision.assistant, "auto"))
+            found.append(Target(ASSISTANT, maps, supervision.assistant, "auto"))
         if self._teacher is not None and supervision.online is not None:
             layout, term = self._teacher.request.layout, supervision.online
             maps = self._render(ask_teacher(self._teacher, batch.views), layout, term, device)
@@ -286,15 +305,13 @@ def ask_assistant(assistant: TinyHD, clips: Tensor, frames: int) -> SourceMaps:
     return SourceMaps(saliency, logits[:, :, -frames:].float().sigmoid())
 
 
-def load_assistant(term: AssistantTerm, config: TrainConfig, device: str) -> TinyHD:
-    """Load the assistant, ready to look at the student's clips.
+def check_assistant(theirs: TinyHDConfig, term: AssistantTerm, config: TrainConfig) -> None:
+    """Make sure that an assistant says what is asked of it.
 
     Raises:
-        CheckpointError: If its file cannot be read.
-        ValueError: If it does not say what is asked of it.
+        ValueError: If it does not.
     """
-    model = load_model(Path(term.checkpoint))
-    theirs, ours = model.config, config.student
+    ours = config.student
     if theirs.output_frames < ours.output_frames:
         raise ValueError(
             f"the assistant {term.checkpoint} maps {theirs.output_frames} frames of a clip, the "
@@ -311,6 +328,18 @@ def load_assistant(term: AssistantTerm, config: TrainConfig, device: str) -> Tin
             f"the assistant {term.checkpoint} has one hierarchical map of a kind for a whole clip, "
             "the student one for every frame; give that term the weight 0"
         )
+
+
+def load_assistant(term: AssistantTerm, config: TrainConfig, device: str) -> TinyHD:
+    """Load the assistant, ready to look at the student's clips.
+
+    Raises:
+        CheckpointError: If its file cannot be read.
+        ValueError: If it does not say what is asked of it.
+    """
+    model = load_model(Path(term.checkpoint))
+    theirs, ours = model.config, config.student
+    check_assistant(theirs, term, config)
     if (theirs.height, theirs.width) != (ours.height, ours.width):
         log.warning(
             "the assistant was trained on frames of %dx%d, and looks at %dx%d",

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Self
@@ -22,8 +23,9 @@ from stores.progress import Progress
 from stores.schema import fingerprint
 from stores.targets import TargetStore
 from stores.videos import hash_file
-from student.checkpoints import load_model
+from student.checkpoints import load_model, read_checkpoint
 from student.clips import Batch, ClipDataset, load_batches
+from student.config import TinyHDConfig
 from student.experiment import write_recipe
 from student.online import OnlineTeacher
 from student.pools import (
@@ -38,10 +40,11 @@ from student.pools import (
 )
 from student.processes import Processes, synchronise_norms
 from student.recipe import OnlineTerm, TrainConfig
-from student.runs import RunDir, RunSink
+from student.runs import RunDir, RunSink, check_run
 from student.supervision import (
     LabelSource,
     Supervisor,
+    check_assistant,
     check_teacher,
     describe_content,
     find_recorded,
@@ -51,7 +54,7 @@ from student.supervision import (
     target_lag,
 )
 from student.tinyhd import TinyHD
-from student.trainer import Trainer, TrainingError, TrainState, Watch
+from student.trainer import Trainer, TrainingError, TrainState, Watch, state_of
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +95,9 @@ def train(
 ) -> TrainState:
     """Fit a student to what a store says, continuing from ``out`` if it holds a checkpoint.
 
-    ``SIGINT`` and ``SIGTERM`` end training after the current step, with a checkpoint. A clip that
-    cannot be read is replaced by another, and counted. Several workers train on Ray.
+    ``SIGINT`` and ``SIGTERM`` end training after the current step, with a checkpoint; a second one
+    ends it at once. A clip that cannot be read is replaced by another, and counted. Several workers
+    train on Ray.
 
     Args:
         store: Path or URL of the target store; it is only read.
@@ -111,6 +115,9 @@ def train(
     job = TrainJob(store=store, out=out, config=config, **options)
     # Before any worker starts: what is wrong is said here, and videos are looked at once.
     prepared = prepare(job)
+    check_students(config)
+    if (state := _finished(job, prepared)) is not None:
+        return state
     log.info("recipe of %s:\n%s", out, textwrap.indent(write_recipe(config), "  ").rstrip())
     if config.optimisation.workers > 1:
         from student.workers import train_on_workers
@@ -118,6 +125,21 @@ def train(
         return train_on_workers(job)
     with stop_on_signal() as stop, BarWatch(stop) as watch:
         return run_job(job, prepared, Processes(), watch)
+
+
+def _finished(job: TrainJob, prepared: Prepared) -> TrainState | None:
+    """Return where a run is that has nothing left to do, after a look at its folder.
+
+    Raises:
+        RunError: If the folder cannot be used.
+        CheckpointError: If the last checkpoint is damaged, or of another network.
+    """
+    check_run(job.out, prepared.identity)
+    if not (job.out / "last.pt").exists():
+        return None
+    state = state_of(read_checkpoint(job.out / "last.pt"), job.out / "last.pt")
+    state.is_complete = state.epoch >= job.config.optimisation.epochs
+    return state if state.is_complete else None
 
 
 class Prepared(NamedTuple):
@@ -166,6 +188,7 @@ def prepare(job: TrainJob) -> Prepared:
     teacher = _open_teacher(job)
     is_flipping = flips(sources, supervision)
     pools = _find_pools(store, config, sources, is_flipping=is_flipping, teacher=teacher)
+    log.info("clips: %s", pools.describe(store.videos))
     content = describe_content(config, sources, recorded, teacher)
     training = ClipDataset(job.store, content, videos_root=job.videos_root)
     # Recorded eyes are scored at fixations, too, which training need not read.
@@ -327,18 +350,28 @@ def _find_pools(
     is_flipping: bool,
     teacher: OnlineTeacher | None = None,
 ) -> ClipPools:
-    """Find the clips whose targets are there, those of mirrored frames too where that is done."""
-    labels = [source.labels for source in sources]
-    if is_flipping:
-        labels += [source.twin for source in sources if source.twin is not None]
-    return find_pools(
+    """Find the clips whose targets are there; to train on, those of mirrored frames too."""
+    find = partial(
+        find_pools,
         store.videos,
-        labels,
-        config.sampling,
+        sampling=config.sampling,
         target_frames=config.student.output_frames,
         lag=target_lag(config),
         grids=[teacher.request.grid] if teacher is not None else [],
     )
+    labels = [source.labels for source in sources]
+    pools = find(labels)
+    twins = [source.twin for source in sources if source.twin is not None]
+    if not (is_flipping and twins):
+        return pools
+    mirrored = find([*labels, *twins])
+    if mirrored.num_training < pools.num_training:
+        log.warning(
+            "of mirrored frames %s covers less: %d of %d clips are left to train on; complete it "
+            "with: tinyhd distill --variant both, or set supervision.flip to none",
+            *(twins[0].name, mirrored.num_training, pools.num_training),
+        )
+    return replace(pools, training=mirrored.training)
 
 
 def _draw_clips(
@@ -361,34 +394,57 @@ def _draw_clips(
     return clips
 
 
-def _start(config: TrainConfig) -> TinyHD:
-    """Build the student, at random or with the weights of a checkpoint.
+def check_students(config: TrainConfig) -> None:
+    """Make sure that the checkpoints that a recipe names can be used.
 
     Raises:
-        CheckpointError: If that cannot be read.
-        ValueError: If it is of another network.
+        CheckpointError: If one cannot be read.
+        ValueError: If one does not fit the student.
     """
-    if not config.start:
-        return TinyHD(config.student)
-    model = load_model(Path(config.start)).train()
-    theirs, ours = model.config.to_dict(), config.student.to_dict()
+    if config.start:
+        check_start(load_model(Path(config.start)).config, config)
+    term = config.supervision.assistant
+    if term is not None:
+        check_assistant(load_model(Path(term.checkpoint)).config, term, config)
+
+
+def check_start(theirs: TinyHDConfig, config: TrainConfig) -> None:
+    """Make sure that a student can start from the weights of another.
+
+    Raises:
+        ValueError: If it is another network.
+    """
+    found, ours = theirs.to_dict(), config.student.to_dict()
     sizes = ("height", "width")  # which weights do not depend on
-    if changed := [n for n in ours if theirs[n] != ours[n] and n not in sizes]:
+    if changed := [n for n in ours if found[n] != ours[n] and n not in sizes]:
         raise ValueError(
-            f"{config.start} is of another network: its {changed[0]} is {theirs[changed[0]]}, the "
+            f"{config.start} is of another network: its {changed[0]} is {found[changed[0]]}, the "
             f"student's {ours[changed[0]]}"
         )
+
+
+def _start(config: TrainConfig) -> TinyHD:
+    """Build the student, at random or with the weights of a checkpoint."""
+    if not config.start:
+        return TinyHD(config.student)
+    weights = load_model(Path(config.start)).state_dict()
     student = TinyHD(config.student)
-    student.load_state_dict(model.state_dict())
+    student.load_state_dict(weights)
     return student
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Turn signals into a flag that is looked at between steps."""
+    """Turn the first signal into a flag that is looked at between steps; a second one interrupts.
+
+    Raises:
+        KeyboardInterrupt: At the second.
+    """
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
         stop.set()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -413,7 +469,14 @@ def _identity(
         for part in (pools.training, pools.validation)
         for video, spans in part.items()
     ]
+    truths = {
+        store.video(name).content_hash.hex(): video.ground_truth().stamp(with_times=False)
+        for name, video in sorted(recorded.items())
+    }
     settings = asdict(config)
+    # Names of label sets may be given in part; what they stand for counts.
+    for term, source in zip(settings["supervision"]["labels"], sources, strict=True):
+        term["labels"] = source.labels.fingerprint
     # Whoever has mended some of the damage may allow for the rest.
     del settings["sampling"]["max_bad_share"]
     # Files are known by what is in them, wherever they lie.
@@ -431,7 +494,7 @@ def _identity(
         "online_sets": {request.name: fingerprint(request.identity) for request in requests},
         "flipped_sets": [source.twin.name for source in sources if source.twin is not None],
         "files_sha256": {name: hash_file(Path(path)).hex() for name, path in files.items() if path},
-        "recorded": sorted(recorded),
+        "recorded_sha256": hashlib.sha256(json.dumps(truths).encode()).hexdigest(),
         "clips_sha256": hashlib.sha256(json.dumps(clips).encode()).hexdigest(),
     }
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -53,7 +54,7 @@ class TrainState:
     best: float = math.inf
     """Least total of a validation."""
     validation: Mapping[str, float] = field(default_factory=dict)
-    """Of the last epoch that was validated."""
+    """Of the best weights; empty where nothing validates."""
     reloaded: int = 0
     """The last epoch, counted from 0, that began with the best weights; 0 if none did."""
     is_complete: bool = False
@@ -126,7 +127,7 @@ class Trainer:
             if how.ema is not None
             else None
         )
-        joined = self._processes.join(model, has_unused=config.supervision.may_skip_fusion)
+        joined = self._processes.join(model)
         self._joined, self._forward = joined, torch.compile(joined) if how.compile else joined
         self.state = TrainState()
         self._saved_at = time.monotonic()
@@ -150,12 +151,9 @@ class Trainer:
             if self._average is not None:
                 self._average.load_state_dict(checkpoint["average"])
             torch.set_rng_state(checkpoint["random_state"])
-            self.state = TrainState(**{name: checkpoint[name] for name in _SAVED})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{run.last} does not fit this run: it is of another network, or not one to "
-                "continue from; choose another --out"
-            ) from error
+            raise _misfit(run.last) from error
+        self.state = state_of(checkpoint, run.last)
         self._bad_told = self.state.bad_clips
         if not self._processes.is_first:
             return
@@ -183,6 +181,8 @@ class Trainer:
             if best is None:
                 return
             self._model.load_state_dict(best["weights"])
+            if self._average is not None:  # else what was given up would be averaged in
+                self._average.module.load_state_dict(best["weights"])
             # Better ones may lie there when this epoch has to be done again.
             state.reloaded = state.epoch
             self.save(is_best=False)
@@ -238,8 +238,17 @@ class Trainer:
         """Make one update.
 
         Raises:
-            TrainingError: If the loss is not finite.
+            TrainingError: If the loss is not finite, or the device has not enough memory.
         """
+        try:
+            return self._update(batch)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"{self._device} has not enough memory for a step of {len(batch.keys)} clips; use "
+                "a smaller --batch or --size, or --set optimisation.precision=float16"
+            ) from error
+
+    def _update(self, batch: Batch) -> Losses:
         clips = normalise_frames(batch.frames.to(self._device))
         with self._autocast():
             output = self._forward(clips)
@@ -275,8 +284,8 @@ class Trainer:
             found = self._validate(validation)
             self._run.log("validation", state.step, found.values)
             is_best = found.total < state.best
-            state.best = min(found.total, state.best)
-            state.validation = dict(found.values)
+            if is_best:
+                state.best, state.validation = found.total, dict(found.values)
             self._tell(
                 "epoch %d of %d, step %d, held out: %s%s",
                 *(state.epoch + 1, self._how.epochs, state.step, found),
@@ -394,6 +403,25 @@ def _reading(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 _SAVED: Final = ("epoch", "step", "batch", "best", "clips", "bad_clips", "validation", "reloaded")
+
+
+def state_of(checkpoint: Mapping[str, Any], path: Path) -> TrainState:
+    """Return where the training of a checkpoint is.
+
+    Raises:
+        CheckpointError: If it is not one to continue from.
+    """
+    try:
+        return TrainState(**{name: checkpoint[name] for name in _SAVED})
+    except (KeyError, TypeError) as error:
+        raise _misfit(path) from error
+
+
+def _misfit(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} does not fit this run: it is of another network, or not one to continue from; "
+        "choose another --out"
+    )
 
 
 def _moving_average(decay: float) -> Any:  # noqa: ANN401 - PyTorch's, which has no types

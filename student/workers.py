@@ -177,13 +177,16 @@ def _train_on_ray(job: TrainJob) -> TrainState:
     try:
         with stop_on_signal() as stop, BarWatch(stop) as bar:
             thread.start()
-            state = None
+            state, has_begun = None, False
             while thread.is_alive() or state is None:
                 is_last = not thread.is_alive()
                 news = ray.get(board.look.remote(is_stopping=stop.is_set()))
+                has_begun |= bool(news)
                 state = _show(news, bar) or state
                 if is_last:
                     break
+                if stop.is_set() and not has_begun:
+                    raise KeyboardInterrupt  # nobody is there who could look at the flag
                 thread.join(LOOK_SECONDS)
     finally:
         shutil.rmtree(out / RAY_FOLDER, ignore_errors=True)

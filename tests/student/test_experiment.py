@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from student.config import VARIANTS, build_config
-from student.experiment import RecipeError, build_recipe, presets, read_recipe, write_recipe
+from student.experiment import (
+    RecipeError,
+    build_recipe,
+    change_label_set,
+    lay_over,
+    presets,
+    put_online,
+    read_recipe,
+    write_recipe,
+)
 from student.recipe import (
     AssistantTerm,
     GroundTruthTerm,
@@ -263,3 +272,33 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "control.yaml").write_bytes(b"seed: \x07")
     with pytest.raises(RecipeError, match=r"control\.yaml is no YAML"):
         read_recipe(tmp_path / "control.yaml")
+
+
+def test_values_of_the_command_line_are_laid_over_those_of_stages() -> None:
+    stages = [{"name": "a"}, {"name": "b", "optimisation": {"epochs": 2, "batch_size": 3}}]
+    values = lay_over({"stages": stages, "seed": 1}, {"optimisation": {"epochs": 9}})
+    assert values["optimisation"] == {"epochs": 9}
+    assert values["stages"][1]["optimisation"] == {"epochs": 9, "batch_size": 3}
+
+
+def test_options_of_a_label_set_change_the_one_that_there_is() -> None:
+    values = {"supervision": {"labels": [{"labels": "hd2s", "d2": 0.3}], "flip": "none"}}
+    changed = change_label_set(values, {"hierarchical": 0})
+    assert changed["supervision"] == {
+        "labels": [{"labels": "hd2s", "d2": 0.3, "hierarchical": 0}],
+        "flip": "none",
+    }
+    assert change_label_set({}, {"saliency": 2})["supervision"] == {"labels": [{"saliency": 2}]}
+    online = put_online(changed, {"teacher": "hd2s"})["supervision"]
+    assert online["labels"] == []
+    assert online["online"] == {"d2": 0.3, "hierarchical": 0, "teacher": "hd2s"}
+    for labels, message in (
+        ([{"labels": "a"}, {"labels": "b"}], "a recipe with one label set"),
+        (["a"], r"supervision\.labels\[0\]: 'a' is not allowed there; it is a mapping"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            change_label_set({"supervision": {"labels": labels}}, {"saliency": 2})
+    with pytest.raises(RecipeError, match=r"supervision\.labels\[0\]: 'a' is not allowed"):
+        build_recipe({"supervision": {"labels": ["a"]}})
+    with pytest.raises(RecipeError, match="change a recipe of one stage"):
+        put_online({"stages": []}, {"teacher": "hd2s"})

@@ -270,3 +270,10 @@ def test_turns_are_of_whole_batches_by_seed_and_epoch() -> None:
 def test_spares_keep_what_else_is_wanted_of_a_clip() -> None:
     key = ClipKey("long", 20, is_flipped=True, source=1)
     assert SPARES.draw(key, 1)[2:] == (True, 1)
+
+
+def test_unlabelled_clips_need_video_without_recorded_eyes() -> None:
+    with pytest.raises(ValueError, match="there is no video without recorded eyes"):
+        draw_epoch(MIXED, Sampling(unlabelled=2.0), labelled=list(MIXED), seed=0, epoch=0)
+    drawn = draw_epoch(MIXED, Sampling(unlabelled=0.0), labelled=list(MIXED), seed=0, epoch=0)
+    assert len(drawn) == 2 * len(MIXED)

@@ -136,3 +136,48 @@ def test_labels_of_a_stage_need_it_and_somebody_who_makes_them(
     assert [stage.learns_through_store for stage in built] == [False, True]
     with pytest.raises(RecipeError, match="give train_stages\\(\\) a label function"):
         train_stages(labelled, tmp_path / "run", built)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"supervision": {"labels": [{"labels": "gone"}]}}, "stage late: .*'gone' was asked for"),
+        ({"start": "stage:wide"}, "stage late: .*another network: its channel_reduction is 2"),
+        ({"start": "nowhere.pt"}, "stage late: .*nowhere"),
+        (
+            {
+                "student": {"variant": "tinyhd-m-rc4"},
+                "supervision": {"labels": [], "assistant": {"checkpoint": "stage:wide"}},
+            },
+            "stage late: the assistant stage:wide maps 1 frames of a clip, the student 16",
+        ),
+        (
+            {"supervision": {"ground_truth": {"data": "nowhere"}}},
+            "stage late: .*nowhere",
+        ),
+    ],
+)
+def test_mistakes_of_later_stages_are_told_before_the_first(
+    labelled: Path, tmp_path: Path, own: dict[str, object], message: str
+) -> None:
+    late = {"name": "late", "student": {"variant": "tinyhd-s-rc4"}, **own}
+    wide = {"name": "wide", "student": {"variant": "tinyhd-s-rc2"}}
+    stages = build_stages({**COMMON, "stages": [wide, late]})
+    with pytest.raises(RecipeError, match=message):
+        train_stages(labelled, tmp_path / "run", stages)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_that_labels_no_hierarchical_maps_is_no_teacher_of_them(
+    labelled: Path, tmp_path: Path
+) -> None:
+    wide = {"name": "wide", "student": {"variant": "tinyhd-m-rc2"}}
+    late = {"name": "late", "supervision": {"labels": [{"labels": "stage:wide"}]}}
+    stages = build_stages({**COMMON, "stages": [wide, late]})
+    with pytest.raises(RecipeError, match="stage:wide labels its saliency maps alone"):
+        train_stages(labelled, tmp_path / "run", stages)
+
+
+def test_a_stage_is_named_where_there_are_none() -> None:
+    with pytest.raises(RecipeError, match="names stage:wide, and has no stages"):
+        build_stages({**COMMON, "start": "stage:wide"})

@@ -461,3 +461,24 @@ def test_twins_have_to_be_there_for_mirrored_clips(tmp_path: Path) -> None:
     assert both.training == {"a": [range(16, 48)]}
     alone = _find_pools(TargetStore.open(store.url), config, sources, is_flipping=False)
     assert alone.training == {"a": [range(15, 64)]}
+
+
+def test_terms_of_all_sources_are_told_apart(tmp_path: Path) -> None:
+    """Labels that an assistant made, and an assistant in the step."""
+    request = counting_request("assistant")
+    store = make_store(tmp_path / "t.zarr", {"a": 48}, [(request, 0)])
+    path = tmp_path / "assistant.pt"
+    save_checkpoint(path, TinyHD(S))
+    config = recipe(
+        labels=(LabelTerm(),), assistant=AssistantTerm(checkpoint=str(path)), flip="none"
+    )
+    terms, _, _ = terms_of(store.url, config, ClipKey("a", 20))
+    names = [request.name, "assistant"]
+    assert list(terms) == [f"{n}/{kind}" for n in names for kind in ("saliency", "hierarchical")]
+
+
+def test_one_label_set_under_two_names_is_refused(url: str) -> None:
+    store = TargetStore.open(url)
+    labels = (LabelTerm(labels="toy"), LabelTerm(labels=store.label_set("toy-identity").name))
+    with pytest.raises(ValueError, match=r"names the label set toy-identity-.* twice"):
+        find_sources(store, Supervision(labels=labels))

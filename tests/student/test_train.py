@@ -30,10 +30,10 @@ from student.recipe import (
 )
 from student.runs import RunDir, RunError
 from student.tinyhd import TinyHD
-from student.train import train
+from student.train import stop_on_signal, train
 from student.trainer import Trainer, TrainingError, build_optimizer
 from student.validation import Validation
-from tests.student.counting import counting_request, make_store, record_eyes
+from tests.student.counting import add_labels, counting_request, make_store, record_eyes
 
 if TYPE_CHECKING:
     from tests.conftest import MakeVideo
@@ -112,7 +112,7 @@ import sys
 from pathlib import Path
 import torch
 from student.experiment import build_recipe
-from student.train import train
+from student.train import stop_on_signal, train
 torch.set_num_threads({torch.get_num_threads()})
 config = build_recipe({asdict(STOPPED)!r})
 state = train(Path({str(store)!r}), Path({str(out)!r}), config, checkpoint_seconds=0)
@@ -575,7 +575,7 @@ def test_best_is_the_least_total(
 ) -> None:
     validate_as(monkeypatch, [3.0, 1.0, 2.0])
     state = train(counted, tmp_path / "run", change(TINY, schedule="constant"))
-    assert (state.best, state.validation) == (1.0, {"total": 2.0})
+    assert (state.best, state.validation) == (1.0, {"total": 1.0})
     assert read_checkpoint(tmp_path / "run" / "best.pt")["step"] == 4
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
 
@@ -733,3 +733,90 @@ def test_checkpoint_that_wants_to_run_code_is_refused(
     with pytest.raises(CheckpointError):
         read_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "harmed").exists()
+
+
+def test_moving_average_goes_back_with_the_weights(
+    counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what was given up would be averaged in for as long as the average remembers."""
+    validate_as(monkeypatch, [1.0, 9.0, 9.0])
+    kept: dict[str, torch.Tensor] = {}
+    begin_epoch = Trainer.begin_epoch
+
+    def look(self: Trainer) -> None:
+        begin_epoch(self)
+        if self.state.epoch == 2:
+            kept.update({n: v.clone() for n, v in self._averaged().state_dict().items()})
+
+    monkeypatch.setattr(Trainer, "begin_epoch", look)
+    train(counted, tmp_path / "run", change(TINY, epochs=3, ema=0.9))
+    best = read_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["step"] == 2
+    assert_same(kept, best["weights"])
+
+
+def test_what_recorded_eyes_are_is_part_of_a_run(counted: Path, tmp_path: Path) -> None:
+    opened = TargetStore.open(counted)
+    datas = [
+        record_eyes(opened, tmp_path / str(last), {"a": list(range(16, last))}) for last in (30, 40)
+    ]
+    config = change(TINY, epochs=1)
+    for data in (datas[0], datas[0]):
+        train(counted, tmp_path / "run", change(config, ground_truth=truth(data)))
+    with pytest.raises(RunError, match=r"another configuration \(recorded_sha256"):
+        train(counted, tmp_path / "run", change(config, ground_truth=truth(datas[1])))
+
+
+def truth(data: Path) -> GroundTruthTerm:
+    return GroundTruthTerm(data=str(data))
+
+
+def test_a_label_set_may_be_named_in_part_or_in_full(counted: Path, tmp_path: Path) -> None:
+    name = TargetStore.open(counted).label_set("toy-identity").name
+    for given in ("toy", name):
+        labels = (LabelTerm(labels=given),)
+        state = train(counted, tmp_path / "run", change(TINY, epochs=1, labels=labels))
+    assert state.is_complete
+
+
+def test_a_wrong_start_leaves_no_run(counted: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.pt"
+    save_checkpoint(path, TinyHD(build_config("tinyhd-s-rc4")))
+    with pytest.raises(ValueError, match="is of another network: its channel_reduction is 4"):
+        train(counted, tmp_path / "run", change(TINY, start=str(path)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_mirrored_frames_that_are_labelled_in_part_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They restrict what is trained on, not what validates."""
+    request = counting_request()
+    store = make_store(tmp_path / "t.zarr", {"a": 48, "b": 48}, [(request, 0)])
+    twin = counting_request(variant="hflip")
+    add_labels(store, twin, {"a": range(3)})
+    config = change(TINY, epochs=1, flip="labels", clips_per_video=1)
+    state = train(store.url, tmp_path / "run", config)
+    assert state.is_complete
+    assert "covers less: 14 of 28 clips are left to train on" in caplog.text
+    whole = change(config, flip="none")
+    assert train(store.url, tmp_path / "whole", whole).clips == state.clips + 1
+
+
+def test_little_memory_is_said_in_one_line(
+    counted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Trainer, batch: Batch) -> Losses:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "_update", fail)
+    with pytest.raises(TrainingError, match="not enough memory for a step of 2 clips; use a"):
+        train(counted, tmp_path / "run", TINY)
+
+
+def test_a_second_signal_interrupts_at_once() -> None:
+    with stop_on_signal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 from student.checkpoints import read_checkpoint
 from student.clips import load_batches
 from student.config import build_config
 from student.experiment import write_recipe
 from student.losses import Term
-from student.processes import Processes, synchronise_norms
+from student.processes import JoinedProcesses, Processes, synchronise_norms
 from student.recipe import (
     GroundTruthTerm,
     LabelTerm,
@@ -31,8 +33,8 @@ from student.recipe import (
 )
 from student.supervision import Supervisor
 from student.tinyhd import TinyHD, normalise_frames
-from student.train import TrainJob, prepare, train
-from student.trainer import TrainingError, build_optimizer
+from student.train import TrainJob, prepare, run_job, train
+from student.trainer import TrainingError, Watch, build_optimizer
 from tests.student.counting import counting_request, make_store, record_eyes
 
 pytest.importorskip("pyarrow", reason="Ray Train is not installed")
@@ -183,6 +185,42 @@ def test_norms_are_synchronised_by_default_where_workers_have_few_clips() -> Non
     assert norms
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     assert list(model.state_dict()) == names  # checkpoints are the same
+
+
+class StopAfter(Watch):
+    """Ends a training after some steps of this process."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    @property
+    def is_stopping(self) -> bool:
+        self._left -= 1
+        return self._left <= 0
+
+
+def train_in_three(rank: int, store: str, folder: str) -> None:
+    """Train as a worker of three, once without a stop and once with one."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=3)
+    how = replace(RECIPE.optimisation, batch_size=1, workers=3)
+    sampling = replace(RECIPE.sampling, clips_per_video=6)
+    config = replace(RECIPE, optimisation=how, sampling=sampling)
+    for name, steps in (("whole", 99), ("cut", 2), ("cut", 99)):
+        job = TrainJob(store=store, out=Path(folder) / name, config=config)
+        run_job(job, prepare(job), JoinedProcesses(), StopAfter(steps))
+    dist.destroy_process_group()
+
+
+def test_three_workers_continue_exactly(store: Path, tmp_path: Path) -> None:
+    """Of three or more gradients the sum depends on their order, which must stay the same."""
+    spawn(train_in_three, (str(store), str(tmp_path)), nprocs=3)
+    whole, cut = (read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 4
+    for name, values in whole["weights"].items():
+        assert torch.equal(values, cut["weights"][name]), name
+    curves = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert curves[0] == curves[1]
 
 
 def command(store: Path, out: Path, recipe: Path) -> list[str]:
