@@ -122,7 +122,7 @@ def train(
     if config.optimisation.workers > 1:
         from student.workers import train_on_workers
 
-        return train_on_workers(job)
+        return train_on_workers(job, prepared.identity)
     with stop_on_signal() as stop, BarWatch(stop) as watch:
         return run_job(job, prepared, Processes(), watch)
 
@@ -171,8 +171,13 @@ class Prepared(NamedTuple):
         )
 
 
-def prepare(job: TrainJob) -> Prepared:
+def prepare(job: TrainJob, identity: Mapping[str, Any] | None = None) -> Prepared:
     """Look at all that a training takes; nothing is written.
+
+    Args:
+        job: The training.
+        identity: What decides it, if another process has found that out, which looks at every
+            file with recorded eyes.
 
     Raises:
         TargetStoreError: If the store, a label set or the frames are not there.
@@ -215,7 +220,7 @@ def prepare(job: TrainJob) -> Prepared:
         validating=validating,
         validation=validation,
         per_epoch=0,
-        identity=_identity(config, store, sources, recorded, pools, teacher),
+        identity=identity or _identity(config, store, sources, recorded, pools, teacher),
     )
     per_epoch = len(prepared.draw(config, 0))
     if not per_epoch:

@@ -10,10 +10,12 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from stores.cluster import death_of, start_ray
 from stores.errors import TinyHDError
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 
 News = tuple[str, tuple[Any, ...]]
 RAY_FOLDER: Final = "ray"
+GROUP_SECONDS: Final = 4 * 3600
+"""For which workers wait for each other: each machine may have to look at all videos first."""
 LOOK_SECONDS: Final = 0.3
 """Between two looks of the driver at what the first worker told."""
 
@@ -115,11 +119,12 @@ class _Forwarder(logging.Handler):
         self._watch.log(record)
 
 
-def train_on_workers(job: TrainJob) -> TrainState:
+def train_on_workers(job: TrainJob, identity: Mapping[str, Any]) -> TrainState:
     """Train on as many workers as the recipe says, each on a GPU where the device is one.
 
     Args:
         job: What to do; its store and its folder must lie where all machines reach them.
+        identity: All that decides what it gives.
 
     Raises:
         TrainingError: If a worker is lost, or there is no room for them.
@@ -139,23 +144,31 @@ def train_on_workers(job: TrainJob) -> TrainState:
         factory = online.teacher if online is not None else ""
         start_ray(job.address, factory=factory, is_background=False)
     try:
-        return _train_on_ray(job)
+        return _train_on_ray(job, identity)
     finally:
         if is_ours:
             ray.shutdown()
 
 
-def _train_on_ray(job: TrainJob) -> TrainState:
+def _train_on_ray(job: TrainJob, identity: Mapping[str, Any]) -> TrainState:
     import ray.train.torch
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     is_gpu = job.device.startswith("cuda")
     cpus = _room(job.config.optimisation.workers, job.address, is_gpu=is_gpu)
-    board = ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     out = job.out.absolute()
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"job": _with_absolute_paths(job), "board": board},
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if is_gpu else "gloo"),
+        train_loop_config={
+            "job": _with_absolute_paths(job),
+            "identity": identity,
+            "board": board,
+        },
+        torch_config=ray.train.torch.TorchConfig(
+            backend="nccl" if is_gpu else "gloo", timeout_s=GROUP_SECONDS
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.config.optimisation.workers,
             use_gpu=is_gpu,
@@ -205,9 +218,11 @@ def _work(told: dict[str, Any]) -> None:
     processes = JoinedProcesses()
     watch = BoardWatch(told["board"], is_first=processes.is_first)
     if job.device.startswith("cuda"):
-        job = replace(job, device=str(ray.train.torch.get_device()))
+        device = ray.train.torch.get_device()
+        torch.cuda.set_device(device)  # of what is gathered and broadcast, too
+        job = replace(job, device=str(device))
     keep_freed_memory()
-    prepared = prepare(job)  # whose remarks the driver has made already
+    prepared = prepare(job, told["identity"])  # whose remarks the driver has made already
     root = logging.getLogger()
     root.handlers = [_Forwarder(watch)]
     for name in ("student", "stores"):

@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         if "ray" in item.keywords or "local_ray" in fixtures or "distill" in item.path.parts:
             item.add_marker(pytest.mark.xdist_group("ray"))
+        elif item.path.name in ("test_export.py", "test_online.py"):  # what they share takes long
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)

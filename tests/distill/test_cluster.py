@@ -145,6 +145,7 @@ def test_cluster_fills_a_store_on_s3(
         assert there.read(name) == data, name
 
 
+@pytest.mark.slow
 def test_node_that_is_lost_costs_nothing_but_time(
     cluster: RayCluster, videos: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ import torch
 from stores.memory import keep_freed_memory
 
 def count():
-    for _ in range(3):
+    for _ in range(20):
         torch.ones(2**24)  # 64 MB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):

@@ -179,6 +179,7 @@ def test_missing_package_says_what_to_install(
         export_onnx(TinyHD(TinyHDConfig(channel_reduction=4)), tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.parametrize("kind", ["s", "m"])
 def test_exported_published_networks_give_the_published_maps(

@@ -149,6 +149,7 @@ def _groups(model: TinyHD, config: TrainConfig) -> list[list[str]]:
     return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_what_ends_a_worker_is_said_in_one_line(store: Path, tmp_path: Path) -> None:

@@ -458,6 +458,7 @@ def test_pictures_are_labelled_in_any_order_each_by_itself(
     assert "state" not in pictures.predict(frames[:, :, None])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_store_holds_whole_passes_however_little_of_a_video_is_labelled(
     weights_file: Path, network: Unisal, video_folder: Path, tmp_path: Path
