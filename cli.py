@@ -422,9 +422,9 @@ def train_command(
     """Train a student from the soft targets of a store.
 
     What is trained, and how, is a recipe: a preset, a file over it, --set over both, and the
-    options from --labels to --max-bad-share over all. A stopped run is continued exactly by the
-    same command. The store is only read, unless a stage is to learn from another through it. Show
-    curves and pictures with: tensorboard --logdir OUT
+    options from --labels to --max-bad-share, and --workers, over all. A stopped run is continued
+    exactly by the same command. The store is only read, unless a stage is to learn from another
+    through it. Show curves and pictures with: tensorboard --logdir OUT
 
     \b
     Example:

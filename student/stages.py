@@ -14,9 +14,10 @@ from stores.targets import TargetStore
 from student.checkpoints import load_model
 from student.config import TinyHDConfig
 from student.experiment import RecipeError, build_recipe, merge_values
+from student.job import check_start
 from student.recipe import TrainConfig
 from student.supervision import check_assistant, find_recorded, find_sources
-from student.train import TrainState, check_start, train
+from student.train import TrainState, train
 
 log = logging.getLogger(__name__)
 

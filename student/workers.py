@@ -20,8 +20,9 @@ import torch
 from stores.cluster import death_of, start_ray
 from stores.errors import TinyHDError
 from stores.memory import keep_freed_memory
+from student.job import TrainJob, prepare
 from student.processes import JoinedProcesses
-from student.train import BarWatch, TrainJob, prepare, run_job, stop_on_signal
+from student.train import BarWatch, run_job, stop_on_signal
 from student.trainer import TrainingError, TrainState, Watch
 
 log = logging.getLogger(__name__)

@@ -451,7 +451,7 @@ def test_clips_of_recorded_eyes_travel_to_workers(url: str, eyes: str) -> None:
 
 def test_twins_have_to_be_there_for_mirrored_clips(tmp_path: Path) -> None:
     """Clips are drawn where both are labelled."""
-    from student.train import _find_pools
+    from student.job import _find_pools
 
     store = make_store(tmp_path / "t.zarr", {"a": 64}, [(TOY, 0)])
     add_labels(store, TWIN, {"a": range(1, 3)})

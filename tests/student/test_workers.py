@@ -21,6 +21,7 @@ from student.checkpoints import read_checkpoint
 from student.clips import load_batches
 from student.config import build_config
 from student.experiment import write_recipe
+from student.job import TrainJob, prepare
 from student.losses import Term
 from student.processes import JoinedProcesses, Processes, synchronise_norms
 from student.recipe import (
@@ -33,7 +34,7 @@ from student.recipe import (
 )
 from student.supervision import Supervisor
 from student.tinyhd import TinyHD, normalise_frames
-from student.train import TrainJob, prepare, run_job, train
+from student.train import run_job, train
 from student.trainer import TrainingError, Watch, build_optimizer
 from tests.student.counting import counting_request, make_store, record_eyes
 
