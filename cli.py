@@ -422,9 +422,9 @@ def train_command(
     """Train a student from the soft targets of a store.
 
     What is trained, and how, is a recipe: a preset, a file over it, --set over both, and the
-    options from --labels to --max-bad-share, and --workers, over all. A stopped run is continued
-    exactly by the same command. The store is only read, unless a stage is to learn from another
-    through it. Show curves and pictures with: tensorboard --logdir OUT
+    options from --labels to --max-bad-share, --workers and --teacher over all. A stopped run is
+    continued exactly by the same command. The store is only read, unless a stage is to learn from
+    another through it. Show curves and pictures with: tensorboard --logdir OUT
 
     \b
     Example:
@@ -433,14 +433,14 @@ def train_command(
     from functools import partial
 
     from stores.memory import keep_freed_memory
-    from student.experiment import change_label_set, gather_values, put_online
+    from student.experiment import change_label_set, gather_values, merge_values, put_online
     from student.stages import build_stages, train_stages
 
     keep_freed_memory()
     own = [*changes, *_recipe_changes(shortcuts)]
-    if not (recipe_file or preset):
-        own.insert(0, "student.variant=tinyhd-s-rc4")
     values = gather_values(recipe_file, preset=preset, changes=own)
+    if preset is None:
+        values = merge_values({"student": {"variant": "tinyhd-s-rc4"}}, values)
     if change := _label_changes(shortcuts):
         values = change_label_set(values, change)
     if teacher is not None and shortcuts["labels"] is not None:

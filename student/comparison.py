@@ -21,7 +21,8 @@ class RunSummary:
 
     path: Path
     label_sets: Mapping[str, str]
-    """Names and fingerprints of what it was trained from, be it stored or said in the step."""
+    """Names and fingerprints of what it was trained from: label sets, be they stored or said in the
+    step, and an assistant's checkpoint."""
     config: Mapping[str, Any]
     epochs: int
     """Epochs that were validated, or all that were trained where nothing is."""
@@ -95,6 +96,8 @@ def _read(folder: Path) -> RunSummary | None:
     values = {key: float(value) for key, value in best.items() if key not in ("kind", "step")}
     steps = max((int(row["step"]) for row in rows), default=0)
     sets = {**config["label_sets"], **config.get("online_sets", {})}
+    files = config.get("files_sha256", {})
+    sets |= {name: files[name] for name in ("assistant",) if name in files}
     return RunSummary(folder, sets, config, len(validations), steps, values)
 
 

@@ -109,8 +109,22 @@ def lay_over(values: Mapping[str, Any], change: Mapping[str, Any]) -> Plain:
     stages = values.get("stages")
     if isinstance(stages, list) and "stages" not in change:
         changed["stages"] = [
-            merge_values(stage, change) if isinstance(stage, Mapping) else stage for stage in stages
+            _override(stage, change) if isinstance(stage, Mapping) else stage for stage in stages
         ]
+    return changed
+
+
+def _override(own: Mapping[str, Any], change: Mapping[str, Any]) -> Plain:
+    """Change what a stage says of its own; what it leaves to the recipe, or out, it still does."""
+    changed = dict(own)
+    for key, value in change.items():
+        before = own.get(key)
+        if key == "student" and isinstance(before, str):
+            before = {"variant": before}
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            changed[key] = _override(before, value)
+        elif key in own and not isinstance(value, Mapping):
+            changed[key] = value
     return changed
 
 
@@ -120,7 +134,8 @@ def change_label_set(values: Mapping[str, Any], change: Mapping[str, Any]) -> Pl
     Raises:
         RecipeError: If there are several, or the stages have their own.
     """
-    term = {**_only_label_set(values, "the options of a label set"), **change}
+    term = _only_label_set(values, "--labels, --teacher-weight and --hierarchical-weight")
+    term |= change
     return merge_values(values, {"supervision": {"labels": [term]}})
 
 

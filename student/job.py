@@ -31,6 +31,7 @@ from student.pools import (
     take_turns,
 )
 from student.recipe import OnlineTerm, TrainConfig
+from student.runs import label_sets_of
 from student.supervision import (
     LabelSource,
     check_assistant,
@@ -84,10 +85,14 @@ class Prepared(NamedTuple):
     validating: ClipDataset
     validation: Sequence[ClipKey]
     """Clips to validate on."""
-    per_epoch: int
-    """Clips of an epoch."""
     identity: Mapping[str, Any]
     """All that decides what training gives."""
+
+    def named(self, config: TrainConfig) -> TrainConfig:
+        """Return a recipe with the whole names of its label sets."""
+        terms = zip(config.supervision.labels, self.sources, strict=True)
+        labels = tuple(replace(term, labels=source.labels.name) for term, source in terms)
+        return replace(config, supervision=replace(config.supervision, labels=labels))
 
     def draw(self, config: TrainConfig, epoch: int) -> list[ClipKey]:
         """Draw the clips of an epoch; of each is said whether it is mirrored and who speaks."""
@@ -117,10 +122,10 @@ def prepare(job: TrainJob, identity: Mapping[str, Any] | None = None) -> Prepare
     """
     config, supervision = job.config, job.config.supervision
     store = TargetStore.open(job.store)
-    sources = find_sources(store, supervision)
+    sources = find_sources(store, supervision, known=label_sets_of(job.out))
     recorded = find_recorded(store, supervision)
     _check_device(job.device)
-    teacher = _open_teacher(job)
+    teacher = find_teacher(config, job.open_teacher, job.device)
     is_flipping = flips(sources, supervision)
     pools = _find_pools(store, config, sources, is_flipping=is_flipping, teacher=teacher)
     log.info("clips: %s", pools.describe(store.videos))
@@ -149,7 +154,6 @@ def prepare(job: TrainJob, identity: Mapping[str, Any] | None = None) -> Prepare
         training=training,
         validating=validating,
         validation=validation,
-        per_epoch=0,
         identity=identity or _identity(config, store, sources, recorded, pools, teacher),
     )
     per_epoch = len(prepared.draw(config, 0))
@@ -163,19 +167,27 @@ def prepare(job: TrainJob, identity: Mapping[str, Any] | None = None) -> Prepare
             f"an epoch has {per_epoch} clips, too few for {config.optimisation.workers} workers; "
             "raise sampling.clips_per_video, or take fewer workers"
         )
-    return prepared._replace(per_epoch=per_epoch)
+    return prepared
 
 
-def _open_teacher(job: TrainJob) -> OnlineTeacher | None:
-    term = job.config.supervision.online
+def find_teacher(
+    config: TrainConfig, open_teacher: OpenTeacher | None, device: str
+) -> OnlineTeacher | None:
+    """Make the teacher that a recipe has label in the step, if it has one.
+
+    Raises:
+        ValueError: If nobody makes it, or it does not say what is asked of it.
+        TinyHDError: Whatever is wrong with it.
+    """
+    term = config.supervision.online
     if term is None:
         return None
-    if job.open_teacher is None:
+    if open_teacher is None:
         raise ValueError(
             f"the recipe has the teacher {term.teacher!r} label in the step, and nobody handed it "
             "in: the command line does; in Python, give train() an open_teacher"
         )
-    teacher = job.open_teacher(term, job.device)
+    teacher = open_teacher(term, device)
     check_teacher(teacher, term)
     return teacher
 

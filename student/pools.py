@@ -183,13 +183,16 @@ def take_turns(
 
 
 def spread_clips(spans: Spans, *, per_video: int) -> list[ClipKey]:
-    """Return clips at even distances over each video, for validation; fewer where there are."""
+    """Return clips at even distances over each video, for validation; fewer where there are.
+
+    One of each video comes before the next of any: the first ones are shown in pictures.
+    """
     clips = []
     for video, choices in spans.items():
         lasts = _lasts(choices)
         picks = np.unique(np.linspace(0, len(lasts) - 1, per_video).astype(int))
-        clips += [ClipKey(video, int(lasts[pick])) for pick in picks]
-    return clips
+        clips += [(turn, ClipKey(video, int(lasts[pick]))) for turn, pick in enumerate(picks)]
+    return [clip for _, clip in sorted(clips, key=lambda item: item[0])]
 
 
 def _clips_of(

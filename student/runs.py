@@ -146,6 +146,15 @@ def check_run(path: Path, config: Mapping[str, Any]) -> None:
         raise RunError(f"{path} is there already and is no training run; choose another --out")
 
 
+def label_sets_of(path: Path) -> dict[str, str]:
+    """Return names and fingerprints of the label sets that a run learns from; none if it is new."""
+    try:
+        found = json.loads((path / "config.json").read_text())["label_sets"]
+        return {str(name): str(value) for name, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def _check_same(path: Path, config: Mapping[str, Any]) -> None:
     try:
         before = json.loads(path.read_text())
@@ -179,7 +188,7 @@ def _flat(config: object, where: str = "") -> dict[str, Any]:
 
 def _is_fresh(path: Path) -> bool:
     """Whether nothing, or only a process that was killed at once, has used a folder."""
-    return path.is_dir() and {file.name for file in path.iterdir()} <= {"lock", "ray"}
+    return path.is_dir() and {file.name for file in path.iterdir()} <= {"lock"}
 
 
 def _write_whole(path: Path, text: str) -> None:

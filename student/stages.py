@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -14,9 +14,10 @@ from stores.targets import TargetStore
 from student.checkpoints import load_model
 from student.config import TinyHDConfig
 from student.experiment import RecipeError, build_recipe, merge_values
-from student.job import check_start
+from student.job import OpenTeacher, check_start, find_teacher
 from student.recipe import TrainConfig
-from student.supervision import check_assistant, find_recorded, find_sources
+from student.runs import label_sets_of
+from student.supervision import ASSISTANT, check_assistant, find_recorded, find_sources
 from student.train import TrainState, train
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 STAGES: Final = "stages"
 NAME: Final = re.compile(r"\w[\w.-]*")
 REFERENCE: Final = "stage:"
+NO_LABEL: Final = (
+    "labels of a stage's student are to be made in the store, and nobody makes them: the command "
+    "line does; in Python, give train_stages() a label function"
+)
 
 
 @dataclass(frozen=True)
@@ -137,20 +142,26 @@ def train_stages(
         Where the last stage is, or the one that was stopped.
     """
     if len(stages) > 1:
-        _check_all(TargetStore.open(store), stages)
+        _check_all(TargetStore.open(store), out, stages, label, options.get("open_teacher"))
     state = TrainState()
     for number, stage in enumerate(stages):
         folder = out / stage.name if stage.name else out
         if stage.name:
             log.info("stage %d of %d: %s", number + 1, len(stages), stage.name)
-        config = _with_students(stage.config, out, label)
+        config = _with_students(stage.config, out, folder, label)
         state = train(store, folder, config, **options)
         if not state.is_complete:
             break
     return state
 
 
-def _check_all(store: TargetStore, stages: Sequence[Stage]) -> None:
+def _check_all(
+    store: TargetStore,
+    out: Path,
+    stages: Sequence[Stage],
+    label: Label | None,
+    open_teacher: OpenTeacher | None,
+) -> None:
     """Make sure, before the first stage is trained, that there is what the later ones take.
 
     Raises:
@@ -159,15 +170,25 @@ def _check_all(store: TargetStore, stages: Sequence[Stage]) -> None:
     students = {stage.name: stage.config.student for stage in stages}
     for stage in stages:
         try:
-            _check(stage.config, store, students)
+            known = label_sets_of(out / stage.name)
+            _check(stage.config, store, students, known=known)
+            if stage.learns_through_store and label is None:
+                raise ValueError(NO_LABEL)
+            find_teacher(stage.config, open_teacher, "cpu")
         except (TinyHDError, ValueError) as error:
             raise RecipeError(f"stage {stage.name}: {error}") from error
 
 
-def _check(config: TrainConfig, store: TargetStore, students: Mapping[str, TinyHDConfig]) -> None:
+def _check(
+    config: TrainConfig,
+    store: TargetStore,
+    students: Mapping[str, TinyHDConfig],
+    *,
+    known: Collection[str],
+) -> None:
     supervision = config.supervision
     stored = [term for term in supervision.labels if not term.labels.startswith(REFERENCE)]
-    find_sources(store, supervision, stored)
+    find_sources(store, supervision, stored, known=known)
     find_recorded(store, supervision)
     for term in supervision.labels:
         theirs = students.get(term.labels.removeprefix(REFERENCE))
@@ -191,29 +212,36 @@ def _check(config: TrainConfig, store: TargetStore, students: Mapping[str, TinyH
         check_assistant(assistant, supervision.assistant, config)
 
 
-def _with_students(config: TrainConfig, out: Path, label: Label | None) -> TrainConfig:
+def _with_students(
+    config: TrainConfig, out: Path, folder: Path, label: Label | None
+) -> TrainConfig:
     """Return a stage's recipe with the checkpoints and label sets of the stages that it names."""
-    start = _checkpoint_of(config.start, out)
     supervision = config.supervision
+    begun = label_sets_of(folder)
     labels = []
     for term in supervision.labels:
         name = term.labels
         if name.startswith(REFERENCE):
-            if label is None:
-                raise RecipeError(
-                    f"labels of {name!r} are to be made in the store, and nobody makes them: "
-                    "the command line does; in Python, give train_stages() a label function"
-                )
             checkpoint = Path(_checkpoint_of(name, out))
-            name = label(checkpoint, is_mirrored=supervision.flip == "labels")
+            name = _labels_of(checkpoint, begun, label, is_mirrored=supervision.flip == "labels")
         labels.append(replace(term, labels=name))
-    supervision = replace(supervision, labels=tuple(labels))
-    if supervision.assistant is not None:
-        path = _checkpoint_of(supervision.assistant.checkpoint, out)
-        supervision = replace(
-            supervision, assistant=replace(supervision.assistant, checkpoint=path)
-        )
-    return replace(config, start=start, supervision=supervision)
+    assistant = supervision.assistant
+    if assistant is not None:
+        assistant = replace(assistant, checkpoint=_checkpoint_of(assistant.checkpoint, out))
+    supervision = replace(supervision, labels=tuple(labels), assistant=assistant)
+    return replace(config, start=_checkpoint_of(config.start, out), supervision=supervision)
+
+
+def _labels_of(
+    checkpoint: Path, begun: Collection[str], label: Label | None, *, is_mirrored: bool
+) -> str:
+    """Return the label set that a student makes; one that a stage has begun with is whole."""
+    if label is None:
+        raise RecipeError(NO_LABEL)
+    ours = [name for name in begun if name.startswith(f"{ASSISTANT}-")]
+    if len(ours) == 1:
+        return ours[0]
+    return label(checkpoint, is_mirrored=is_mirrored)
 
 
 def _checkpoint_of(given: str, out: Path) -> str:

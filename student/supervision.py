@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -63,7 +63,11 @@ class LabelSource:
 
 
 def find_sources(
-    store: TargetStore, supervision: Supervision, terms: Sequence[LabelTerm] | None = None
+    store: TargetStore,
+    supervision: Supervision,
+    terms: Sequence[LabelTerm] | None = None,
+    *,
+    known: Collection[str] = (),
 ) -> list[LabelSource]:
     """Open the label sets of a recipe, each with its twin of mirrored frames.
 
@@ -71,13 +75,15 @@ def find_sources(
         store: Where they are.
         supervision: Of the recipe.
         terms: Those of its label sets that are meant; all if not given.
+        known: Names of the label sets that a run learns from; where the beginning of a name has
+            come to fit others, too, these are meant.
 
     Raises:
         LabelSetNotFoundError: If there is none of a name, or several.
         ValueError: If one lacks hierarchical maps that are asked for.
     """
     terms = supervision.labels if terms is None else terms
-    found = [(term, _open_labels(store, term.labels)) for term in terms]
+    found = [(term, _open_labels(store, term.labels, known)) for term in terms]
     names = [labels.name for _, labels in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"the recipe names the label set {twice[0]} twice")
@@ -366,7 +372,7 @@ def _lacks_maps(who: str, layout: MapLayout) -> str:
     )
 
 
-def _open_labels(store: TargetStore, name: str) -> LabelSet:
+def _open_labels(store: TargetStore, name: str, known: Collection[str]) -> LabelSet:
     """Open a label set; of a name that it shares with its twin, the one of frames as they are.
 
     Raises:
@@ -382,6 +388,8 @@ def _open_labels(store: TargetStore, name: str) -> LabelSet:
             if item.name.startswith(name) and len(item.receipts)
             if item.request.variant == "identity"
         ]
+        if len(found) > 1:
+            found = [item for item in found if item.name in known]
         if len(found) != 1:
             raise
         labels = found[0]

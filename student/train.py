@@ -53,6 +53,7 @@ def train(
 
     Raises:
         TargetStoreError: If the store, a label set or the frames are not there.
+        CheckpointError: If a checkpoint that the recipe names, or the run's last one, is damaged.
         ValueError: If the configuration does not fit the store.
         RunError: If ``out`` cannot be used.
         TrainingError: If the loss stops being a number, too many clips cannot be read, or a worker
@@ -67,7 +68,9 @@ def train(
     check_students(config)
     if (state := _finished(job, prepared)) is not None:
         return state
-    log.info("recipe of %s:\n%s", out, textwrap.indent(write_recipe(config), "  ").rstrip())
+    if not (out / "last.pt").exists():
+        text = write_recipe(prepared.named(config))
+        log.info("recipe of %s:\n%s", out, textwrap.indent(text, "  ").rstrip())
     if has_workers:
         from student.workers import train_on_workers
 
@@ -108,7 +111,7 @@ def run_job(job: TrainJob, prepared: Prepared, processes: Processes, watch: Watc
     term = config.supervision.assistant
     assistant = load_assistant(term, config, job.device) if term is not None else None
     with _open_run(job, prepared, processes) as run:
-        run.keep_recipe(write_recipe(config))
+        run.keep_recipe(write_recipe(prepared.named(config)))
         torch.manual_seed(config.seed)
         model = _start(config).to(job.device)
         if how.synchronises_norms(job.device):
@@ -116,7 +119,7 @@ def run_job(job: TrainJob, prepared: Prepared, processes: Processes, watch: Watc
         supervisor = Supervisor(config, prepared.sources, assistant, prepared.teacher)
         trainer = Trainer(model, config, supervisor, run, processes)
         trainer.resume()
-        state, per_epoch = trainer.state, prepared.per_epoch
+        state, per_epoch = trainer.state, len(prepared.draw(config, 0))
         done = state.epoch * per_epoch + min(
             per_epoch, state.batch * how.batch_size * processes.count
         )

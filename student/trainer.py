@@ -174,7 +174,7 @@ class Trainer:
         rate = how.learning_rate_at(state.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        falls = how.schedule == "paper" and state.epoch in how.milestones and state.epoch
+        falls = how.schedule == "paper" and state.epoch in how.milestones
         is_due = how.reload_best and falls and state.reloaded != state.epoch
         if is_due and not state.batch:
             best = self._processes.of_first(self._run.read_best())

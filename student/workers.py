@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,8 @@ from student.trainer import TrainingError, TrainState, Watch
 log = logging.getLogger(__name__)
 
 News = tuple[str, tuple[Any, ...]]
-RAY_FOLDER: Final = "ray"
+LAST_SECONDS: Final = 30.0
+"""For the last words of a worker."""
 GROUP_SECONDS: Final = 4 * 3600
 """For which workers wait for each other: each machine may have to look at all videos first."""
 LOOK_SECONDS: Final = 0.3
@@ -70,6 +72,7 @@ class BoardWatch(Watch):
 
     @property
     def is_stopping(self) -> bool:
+        """Whether the driver says so; what there is to tell goes with the question."""
         self.send()
         return self._is_stopping
 
@@ -95,14 +98,15 @@ class BoardWatch(Watch):
         self._asked = self._board.tell.remote(self._news)
         self._news = []
 
-    def finish(self, state: TrainState) -> None:
-        """Send all, and where training is."""
+    def finish(self, state: TrainState | None) -> None:
+        """Send all that is left, and where training is, unless it failed."""
         import ray
 
-        self._tell("end", state)
-        if self._asked is not None:
-            ray.get(self._asked)
-        ray.get(self._board.tell.remote(self._news))
+        if state is not None:
+            self._tell("end", state)
+        pending = [self._asked] if self._asked is not None else []
+        pending.append(self._board.tell.remote(self._news))
+        ray.wait(pending, num_returns=len(pending), timeout=LAST_SECONDS)
 
     def _tell(self, name: str, *values: object) -> None:
         if self._is_first:
@@ -135,7 +139,7 @@ def train_on_workers(job: TrainJob, identity: Mapping[str, Any]) -> TrainState:
         import ray.train
     except ImportError as error:
         raise TrainingError(
-            "several workers need Ray Train, which is not installed: pip install 'tinyhd[workers]'"
+            "several workers need Ray Train, which is not installed: pip install '.[workers]'"
         ) from error
     # Workers would have directories of their own, and take relative paths from there.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
@@ -159,7 +163,7 @@ def _train_on_ray(job: TrainJob, identity: Mapping[str, Any]) -> TrainState:
     cpus = _room(job.config.optimisation.workers, job.address, is_gpu=is_gpu)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    out = job.out.absolute()
+    folder = job.out.absolute().with_name(f".{job.out.name}-{uuid.uuid4().hex[:8]}")
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config={
@@ -176,7 +180,7 @@ def _train_on_ray(job: TrainJob, identity: Mapping[str, Any]) -> TrainState:
             resources_per_worker={"CPU": cpus},
         ),
         # Ray Train wants a folder that all reach, and leaves next to nothing in it.
-        run_config=ray.train.RunConfig(name=RAY_FOLDER, storage_path=str(out)),
+        run_config=ray.train.RunConfig(name=folder.name, storage_path=str(folder.parent)),
     )
     failed: list[Exception] = []
 
@@ -192,8 +196,8 @@ def _train_on_ray(job: TrainJob, identity: Mapping[str, Any]) -> TrainState:
         with stop_on_signal() as stop, BarWatch(stop) as bar:
             thread.start()
             state, has_begun = None, False
-            while thread.is_alive() or state is None:
-                is_last = not thread.is_alive()
+            while True:
+                is_last = not thread.is_alive()  # asked before the look, which then is the last
                 news = ray.get(board.look.remote(is_stopping=stop.is_set()))
                 has_begun |= bool(news)
                 state = _show(news, bar) or state
@@ -203,7 +207,7 @@ def _train_on_ray(job: TrainJob, identity: Mapping[str, Any]) -> TrainState:
                     raise KeyboardInterrupt  # nobody is there who could look at the flag
                 thread.join(LOOK_SECONDS)
     finally:
-        shutil.rmtree(out / RAY_FOLDER, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     if failed:
         raise _cause_of(failed[0]) from failed[0]
     if state is None:
@@ -228,12 +232,12 @@ def _work(told: dict[str, Any]) -> None:
     root.handlers = [_Forwarder(watch)]
     for name in ("student", "stores"):
         logging.getLogger(name).setLevel(logging.INFO)
+    state = None
     try:
         state = run_job(job, prepared, processes, watch)
-        if processes.is_first:
-            watch.finish(state)
     finally:
         root.handlers = []
+        watch.finish(state)
 
 
 def _show(news: Sequence[News], bar: BarWatch) -> TrainState | None:

@@ -70,6 +70,13 @@ def test_recipes_are_put_together(run: Run, video_folder: Path, tmp_path: Path) 
     assert (config["seed"], config["sampling"]["clips_per_video"]) == (4, 1)
     assert config["student"]["output_frames"] == 1
     assert (config["student"]["channel_reduction"], config["student"]["height"]) == (4, 32)
+    recipe.write_text("supervision: {flip: none}\n")
+    plain = run(
+        "train", "--store", store, "--out", tmp_path / "plain", "--config", recipe, *TRAIN_SMALL
+    )
+    assert plain.exit_code == 0, plain.output
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert config["student"]["channel_reduction"] == 4  # as where no file is given
     again = run("train", "--store", store, "--out", out, "--config", out / "recipe.yaml")
     assert again.exit_code == 0, again.output
     other = ("train", "--store", store, "--out", tmp_path / "other", *TRAIN_SMALL)

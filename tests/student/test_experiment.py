@@ -275,10 +275,17 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def test_values_of_the_command_line_are_laid_over_those_of_stages() -> None:
-    stages = [{"name": "a"}, {"name": "b", "optimisation": {"epochs": 2, "batch_size": 3}}]
+    own = {"optimisation": {"epochs": 2, "batch_size": 3}, "supervision": {"ground_truth": None}}
+    stages = [{"name": "a"}, {"name": "b", "student": "tinyhd-m", **own}]
     values = lay_over({"stages": stages, "seed": 1}, {"optimisation": {"epochs": 9}})
     assert values["optimisation"] == {"epochs": 9}
     assert values["stages"][1]["optimisation"] == {"epochs": 9, "batch_size": 3}
+    assert values["stages"][0] == {"name": "a"}
+    values = lay_over(values, {"supervision": {"ground_truth": {"data": "DHF1K"}}})
+    assert values["supervision"]["ground_truth"] == {"data": "DHF1K"}
+    assert values["stages"][1]["supervision"] == {"ground_truth": None}  # it wants none
+    values = lay_over(values, {"student": {"variant": "tinyhd-s"}})
+    assert values["stages"][1]["student"] == {"variant": "tinyhd-s"}
 
 
 def test_options_of_a_label_set_change_the_one_that_there_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from cli import cli
+from stores.targets import TargetStore
 from student.checkpoints import load_model, read_checkpoint
 from student.experiment import RecipeError, read_recipe
 from student.stages import build_stages, train_stages
@@ -65,7 +67,10 @@ def test_three_stages_teach_each_other(labelled: Path, tmp_path: Path) -> None:
 def test_a_recipe_of_a_stage_can_be_trained_from_alone(labelled: Path, tmp_path: Path) -> None:
     train_stages(labelled, tmp_path / "run", build_stages(THREE)[:1])
     recipe = read_recipe(tmp_path / "run" / "wide" / "recipe.yaml")
-    assert recipe == build_stages(THREE)[0].config
+    (term,) = recipe.supervision.labels
+    assert term.labels == TargetStore.open(labelled).label_set("pqft").name  # in full
+    given = replace(recipe.supervision, labels=(replace(term, labels="pqft"),))
+    assert replace(recipe, supervision=given) == build_stages(THREE)[0].config
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_stages_and_runs_on_the_command_line(labelled: Path, tmp_path: Path) -> 
     table = CliRunner().invoke(cli, ["runs", str(tmp_path / "run")])
     assert table.exit_code == 0, table.output
     assert "from pqft" in table.output
-    assert "from no label set" in table.output
+    assert "from assistant (" in table.output
     assert "S rc2 32x32" in table.output
     none = CliRunner().invoke(cli, ["runs", str(labelled)])
     assert none.exit_code == 1

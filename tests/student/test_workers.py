@@ -36,6 +36,7 @@ from student.supervision import Supervisor
 from student.tinyhd import TinyHD, normalise_frames
 from student.train import run_job, train
 from student.trainer import TrainingError, Watch, build_optimizer
+from student.workers import _cause_of, _room
 from tests.student.counting import counting_request, make_store, record_eyes
 
 pytest.importorskip("pyarrow", reason="Ray Train is not installed")
@@ -157,7 +158,7 @@ def test_what_ends_a_worker_is_said_in_one_line(store: Path, tmp_path: Path) -> 
     how = replace(RECIPE.optimisation, learning_rate=1e18, epochs=3)
     with pytest.raises(TrainingError, match=r"^the loss of step \d is not finite, on the clips "):
         train(store, tmp_path / "run", replace(RECIPE, optimisation=how))
-    assert not (tmp_path / "run" / "ray").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_workers_must_fit(store: Path, tmp_path: Path) -> None:
@@ -230,6 +231,50 @@ def command(store: Path, out: Path, recipe: Path) -> list[str]:
     return [sys.executable, "cli.py", "train", *options, "--device", "cpu"]
 
 
+def worker_of(mark: str) -> int:
+    """Return a worker of the training that has a mark in its environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (folder / "cmdline").read_text(), (folder / "environ").read_text()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if "RayTrainWorker" in told[0] and f"WHOSE={mark}" in told[1]:
+            return int(folder.name)
+    raise AssertionError("there is no worker")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_workers_need_room() -> None:
+    assert _room(1, None, is_gpu=False) >= 1
+    with pytest.raises(TrainingError, match=r"^999 workers do not fit: there are \d+ CPUs"):
+        _room(999, None, is_gpu=False)
+    with pytest.raises(TrainingError, match="do not fit: there are 0 GPUs"):
+        _room(1, None, is_gpu=True)
+
+
+class Failed(Exception):
+    """As Ray Train tells what happened."""
+
+    def __init__(self, **told: object) -> None:
+        super().__init__("many\nlines")
+        self.__dict__.update(told)
+
+
+def test_of_several_failures_the_cause_is_told() -> None:
+    from ray.exceptions import RayActorError
+
+    ours, others = TrainingError("the loss is not finite"), RuntimeError("connection closed")
+    assert _cause_of(Failed(worker_failures={0: others, 1: ours})) is ours
+    lost = Failed(health_check_failure=RayActorError())
+    told = str(_cause_of(Failed(worker_failures={0: others, 2: lost})))
+    assert told.startswith("worker 2 was lost: the worker's process died; run the same command")
+    mistake = Failed(worker_failures={0: others})
+    assert _cause_of(mistake) is mistake  # ours, which is shown as it is
+    told = str(_cause_of(Failed(controller_failure=RuntimeError("no room\nmore"))))
+    assert told == "Ray Train cannot go on: no room"
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
@@ -252,6 +297,7 @@ def test_stopped_workers_continue_exactly(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, "WHOSE": (mark := str(tmp_path))},
     )
     metrics, deadline = cut / "metrics.jsonl", time.monotonic() + 200
     while not metrics.exists() or metrics.read_text().count("training") < 4:
@@ -261,10 +307,7 @@ def test_stopped_workers_continue_exactly(
     if killer == signal.SIGINT:
         os.killpg(process.pid, killer)
     else:
-        victim = subprocess.run(
-            ["pgrep", "-f", "ray::.*TrainWorker"], capture_output=True, text=True, check=True
-        )
-        os.kill(int(victim.stdout.split()[-1]), killer)
+        os.kill(worker_of(mark), killer)
     _, told = process.communicate(timeout=120)
     assert process.returncode == (130 if killer == signal.SIGINT else 1), told
     if killer == signal.SIGKILL:
