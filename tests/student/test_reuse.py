@@ -36,7 +36,7 @@ EXPERIMENTS = {
     "s": ("student={variant: tinyhd-s-rc4, size: 32x32}",),
     "m": ("student={variant: tinyhd-m-rc4, size: 32x32}",),
     "mixed": (
-        "student={variant: tinyhd-s-rc4, size: 64x32}",
+        "student={variant: tinyhd-s-rc4, size: 128x160}",
         'supervision.labels=[{"labels": "pqft", "hierarchical": 0, "d2": 0.5}]',
     ),
 }
@@ -73,7 +73,7 @@ def test_three_experiments_share_a_store(video_folder: Path, tmp_path: Path) -> 
     assert fingerprint(store) == before
     table = CliRunner().invoke(cli, ["runs", str(runs)]).output
     assert table.count("from pqft-identity") == 1
-    for words in ("S rc4 32x32", "M rc4 32x32", "S rc4 64x32"):
+    for words in ("S rc4 32x32", "M rc4 32x32", "S rc4 128x160"):
         assert words in table
     for path in (store, *store.rglob("*")):  # so that it can be removed
         path.chmod(0o755)
