@@ -94,6 +94,7 @@ def label_videos(
         VideoError: If there is no video that can be decoded.
         ValueError: If the settings do not fit the teacher or the machine.
         WorkerError: If no worker can start.
+        ClusterError: If the Ray cluster cannot be used.
         TargetStoreError: If the store cannot be opened or written.
         KeyboardInterrupt: After an interruption, when what was being done is finished and kept.
     """

@@ -112,8 +112,8 @@ def death_of(error: Exception) -> str:
         words in said for words in ("running low on memory", "OutOfMemory", "OOM killer policy")
     ):
         return (
-            "Ray stopped the worker, as its machine was running out of memory; take fewer of them "
-            "or a smaller --batch"
+            "Ray stopped the worker, as its machine was running out of memory; use fewer "
+            "--actors or --workers, or a smaller --batch"
         )
     if "node" in said and any(
         words in said for words in ("node died", "node has died", "node was")
